@@ -1,0 +1,1 @@
+"""What runs the DAG: Ray actors and Serve deployments, sessions, Redis, the command line."""

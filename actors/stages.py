@@ -1,0 +1,44 @@
+"""The seam between a session and the models: the `Stages` protocol.
+
+Two implementations: `actors/serve_stages.py` (Ray Serve deployments) and `actors/local_stages.py` (in-process threads).
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from pipeline.items import Outcome, Snapshot
+
+
+@dataclass(frozen=True, slots=True)
+class StagesInfo:
+    """What answers: shown to people, written into records (`tier`) and used to check what a stream asks for."""
+
+    tier: str
+    model: str
+    device: str
+    partial_dtype: str
+    final_dtype: str
+    languages: tuple[str, ...]
+    translates_to: tuple[str, ...]
+
+
+class Stages(Protocol):
+    """Everything behind the session: encode, decode, and the batching in between."""
+
+    @property
+    def info(self) -> StagesInfo: ...
+
+    def submit(self, snapshot: Snapshot) -> AsyncIterator[Outcome]:
+        """Yield one outcome for each task of `snapshot`, each as soon as it is ready.
+
+        A `Failure` with `task=None` stands for all tasks still open and ends the iteration. Never raises for what
+        happens to the snapshot; cancellation of the consumer cancels the work where that is possible.
+        """
+        ...
+
+    async def aclose(self) -> None:
+        """Finish or fail what is in flight, release threads and handles. Idempotent."""
+        ...

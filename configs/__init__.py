@@ -1,0 +1,1 @@
+"""Configuration files, one for each way to run the service."""

@@ -1,0 +1,1 @@
+"""The pure stages of the DAG: what they compute, without Ray, Redis, sockets, clocks or event loops."""

@@ -1,0 +1,1 @@
+"""Sound: samples to chunks, chunks to utterances, utterances to embeddings."""

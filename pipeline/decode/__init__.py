@@ -1,0 +1,1 @@
+"""The shared decoder: scheduler, key/value memory, engine, guards."""

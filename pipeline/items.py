@@ -1,0 +1,205 @@
+"""The items that travel along the DAG.
+
+Frozen dataclasses: they carry no behaviour beyond derived values, and nothing else crosses an actor
+boundary. Arrays are contiguous numpy arrays whose dtype is asserted once, in `ingest/normalize.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.timebase import CHUNK_SAMPLES
+
+
+class TaskKind(StrEnum):
+    """What the decoder is asked to do with a context."""
+
+    TRANSCRIBE = "transcribe"
+    TRANSLATE = "translate"
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One thing to decode from a snapshot. `target_language` (ISO 639-1) is set for translations only."""
+
+    kind: TaskKind
+    target_language: str | None = None
+
+
+TRANSCRIBE = Task(TaskKind.TRANSCRIBE)
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """80 ms of one channel. `gap_samples` of them were not heard and are filled with zeros."""
+
+    channel: int
+    index: int
+    samples: NDArray[np.int16]  # [1280]
+    gap_samples: int = 0
+
+    @property
+    def start_sample(self) -> int:
+        return self.index * CHUNK_SAMPLES
+
+    @property
+    def end_sample(self) -> int:
+        return (self.index + 1) * CHUNK_SAMPLES
+
+
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """Sound that was lost between two samples of the media clock (all channels)."""
+
+    start_sample: int
+    end_sample: int
+    reason: str
+
+
+class CloseReason(StrEnum):
+    """Why an utterance ended."""
+
+    PAUSE = "pause"  # the hangover passed without speech
+    LONG = "long"  # over the soft limit, closed at a short pause
+    LIMIT = "limit"  # at the hard limit, cut at the quietest point
+    END = "end"  # the stream ended or was flushed
+
+
+@dataclass(frozen=True, slots=True)
+class UtteranceOpened:
+    """Speech began. `start_sample` includes the pre-roll; `onset_sample` is where the detector heard speech."""
+
+    channel: int
+    start_sample: int
+    onset_sample: int
+
+
+@dataclass(frozen=True, slots=True)
+class UtteranceClosed:
+    """The utterance that is open on `channel` ended at `end_sample` (exclusive).
+
+    `last_speech_sample` is the end of the last window that the detector called speech.
+    """
+
+    channel: int
+    end_sample: int
+    last_speech_sample: int
+    reason: CloseReason
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotKey:
+    """Identity of a snapshot: which stream, utterance and revision."""
+
+    stream_id: str
+    utterance: int
+    revision: int
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """An utterance as heard so far, self-contained: any replica can serve it.
+
+    `samples` is int16[n] from `start_sample` on. `language` None means: detect it, among `languages` if that is not
+    empty. `draft` holds the tokens of the last transcription of the same utterance, to be verified; it changes
+    speed, never text.
+    """
+
+    key: SnapshotKey
+    channel: int
+    is_final: bool
+    start_sample: int
+    samples: NDArray[np.int16]
+    language: str | None
+    languages: tuple[str, ...]
+    draft: tuple[int, ...]
+    tasks: tuple[Task, ...]
+
+    @property
+    def end_sample(self) -> int:
+        return self.start_sample + len(self.samples)
+
+
+@dataclass(frozen=True, slots=True)
+class Embeddings:
+    """What the audio encoder made of one snapshot: float32[num_positions, width], 20 ms a position for Whisper."""
+
+    key: SnapshotKey
+    values: NDArray[np.float32]
+    num_audio_samples: int  # without the silence behind them
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeRequest:
+    """What the decoder needs of a snapshot besides its embeddings (no samples)."""
+
+    key: SnapshotKey
+    is_final: bool
+    language: str | None
+    languages: tuple[str, ...]
+    draft: tuple[int, ...]
+    tasks: tuple[Task, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Word:
+    """One word; times are samples relative to the snapshot's first sample."""
+
+    text: str
+    start_sample: int
+    end_sample: int
+    probability: float
+
+
+@dataclass(frozen=True, slots=True)
+class Hypothesis:
+    """What the decoder answers for one snapshot and one task.
+
+    `tokens` are text tokens only (they are the next draft). `words` is filled for final transcriptions. `guard` names the
+    guard that fired: the text is then already cut (or empty), and the tokens must not become a draft.
+    """
+
+    key: SnapshotKey
+    task: Task
+    text: str
+    tokens: tuple[int, ...]
+    words: tuple[Word, ...]
+    language: str
+    language_source: str  # "given" or "detected"
+    average_logprob: float
+    no_speech_probability: float
+    num_passes: int
+    guard: str | None = None
+
+
+class FailureKind(StrEnum):
+    """Why there is no hypothesis."""
+
+    SUPERSEDED = "superseded"  # a newer snapshot of the same utterance overtook this partial
+    FAILED = "failed"  # this snapshot cannot be served; trying again will not help
+    UNAVAILABLE = "unavailable"  # the stage died under it; it may be submitted again
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """The outcome of a snapshot (or of one of its tasks) that has no hypothesis. `task` None means all of them."""
+
+    key: SnapshotKey
+    task: Task | None
+    kind: FailureKind
+    message: str
+
+
+Outcome = Hypothesis | Failure
+
+
+def tasks_of(translate_to: Sequence[str], *, is_final: bool) -> tuple[Task, ...]:
+    """Return the tasks of a snapshot: a transcription, and for finals one translation per language asked for."""
+    if not is_final:
+        return (TRANSCRIBE,)
+    return (TRANSCRIBE, *(Task(TaskKind.TRANSLATE, language) for language in translate_to))

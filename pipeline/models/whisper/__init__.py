@@ -1,0 +1,1 @@
+"""Whisper in torch: front end, encoder, decoder, tokenizer, word times."""

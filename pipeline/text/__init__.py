@@ -1,0 +1,1 @@
+"""Text: hypotheses to records, records to summaries, caption file formats."""
