@@ -1,0 +1,22 @@
+"""Fixtures shared by all tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.media import make_media
+
+
+@pytest.fixture(scope="session")
+def media(pytestconfig: pytest.Config) -> Path:
+    """The folder with the project's own media; made once and kept in pytest's cache."""
+    assert pytestconfig.cache is not None
+    return make_media(pytestconfig.cache.mkdir("media"))
+
+
+@pytest.fixture(scope="session")
+def speech(media: Path) -> Path:
+    """40 s of English sentences with pauses, 16 kHz mono WAV; `speech.with_suffix('.txt')` holds the words."""
+    return media / "demo.wav"
