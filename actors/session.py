@@ -1,0 +1,267 @@
+"""A session: the live object that owns one stream, between its source, the stages and Redis.
+
+It drives a `pipeline.stream.Stream`: hears the source, hands snapshots to the stages, publishes what comes of them.
+All of it runs on one event loop; nothing here computes for longer than a millisecond.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import Protocol, cast
+
+from pipeline.errors import ConfigError, MediaError
+from pipeline.items import Outcome, Snapshot
+from pipeline.records import BaseRecord
+from pipeline.stream import AUTO, StartPoint, Stream, StreamParams, by_chunk_index
+from pipeline.text.hypotheses_to_records import Tier
+from pipeline.timebase import CHUNK_SAMPLES, ms_to_samples
+
+from actors.publisher import Publisher, StreamWriter
+from actors.stages import Stages, StagesInfo
+from ingest.source import AudioBlock, Source, SourceGap
+
+log = logging.getLogger(__name__)
+
+MAX_UNFINISHED_FINALS = 8
+"""With so many finals on their way the session stops listening until one is out: memory stays bounded, sound is kept."""
+
+
+class Scheduling(StrEnum):
+    """When partials are taken."""
+
+    BY_TIME = "by_time"  # as sound arrives, whatever the stages are doing: live
+    BY_SAMPLE = "by_sample"  # every partial is answered before more is heard: the same partials on every run
+
+
+class SessionState(StrEnum):
+    """The life of a session; it only moves forward."""
+
+    OPENING = "opening"  # the source is being opened, nothing is published
+    LIVE = "live"  # sound is heard
+    CLOSING = "closing"  # no more sound; the last finals are on their way
+    ENDED = "ended"  # `ended` or `failed` is published
+    BROKEN = "broken"  # ended without a closing record: ownership lost, or Redis gone for good
+
+
+class SessionObserver(Protocol):
+    """Who counts what happens (metrics). Called on the event loop, must not block."""
+
+    def on_record(self, record: BaseRecord) -> None: ...
+
+    def on_snapshot(self, snapshot: Snapshot) -> None: ...
+
+    def on_outcome(self, snapshot: Snapshot, outcome: Outcome) -> None: ...
+
+
+class Session:
+    """One live stream."""
+
+    def __init__(
+        self,
+        stream_id: str,
+        params: StreamParams,
+        source: Source,
+        stages: Stages,
+        publisher: Publisher,
+        *,
+        scheduling: Scheduling = Scheduling.BY_TIME,
+        observer: SessionObserver | None = None,
+    ) -> None:
+        self.stream_id = stream_id
+        self.state = SessionState.OPENING
+        self.failure: str | None = None
+        self._params = params
+        self._source = source
+        self._stages = stages
+        self._publisher = publisher
+        self._scheduling = scheduling
+        self._observer = observer
+        self._stop = asyncio.Event()
+        self._progress = asyncio.Condition()
+        self._publishing = asyncio.Lock()
+        self._exits = contextlib.AsyncExitStack()
+        self._stream: Stream | None = None
+        self._writer: StreamWriter | None = None
+        self._tasks: asyncio.TaskGroup | None = None
+
+    async def open(self) -> None:
+        """Open the source and claim the stream; after this the first sound may come.
+
+        Raises:
+            ConfigError: if the models cannot do what the stream asks for.
+            MediaError: if the source cannot be read. Nothing was published then.
+            StoreError: if Redis refuses.
+        """
+        check_languages(self._params, self._stages.info)
+        try:
+            await self._exits.enter_async_context(self._source)
+            tier = cast(Tier, self._stages.info.tier)
+            self._writer = await self._publisher.open_stream(
+                self.stream_id,
+                started_at=datetime.now(UTC),
+                target_languages=self._params.captions.translate_to,
+            )
+            resume = self._writer.resume
+            self._stream = Stream(
+                self.stream_id,
+                self._params,
+                num_channels=self._source.info.num_channels,
+                tier=tier,
+                start=StartPoint(
+                    next_sequence=resume.next_sequence,
+                    next_utterance=resume.next_utterance,
+                    start_sample=_ceil_to_chunk(ms_to_samples(resume.covered_ms)),
+                    is_resumed=resume.is_resumed,
+                ),
+            )
+        except BaseException:
+            await self._exits.aclose()
+            raise
+        self.state = SessionState.LIVE
+
+    def request_stop(self) -> None:
+        """Stop hearing: the open utterance becomes a final, then the stream ends."""
+        self._stop.set()
+
+    async def run(self) -> None:
+        """Caption the source to its end (or to `request_stop`). Call once, after `open`.
+
+        Raises:
+            OwnershipLost: if a newer owner took the stream over.
+            StoreError: if Redis stayed away for too long.
+        """
+        stream, writer = self._opened()
+        closed_as = "failed"
+        try:
+            async with self._exits:
+                try:
+                    async with asyncio.TaskGroup() as self._tasks:
+                        self.failure = await self._listen(stream)
+                        self.state = SessionState.CLOSING
+                        await self._close(stream)
+                except* Exception as group:
+                    raise group.exceptions[0] from group
+            closed_as = "failed" if self.failure else "ended"
+            self.state = SessionState.ENDED
+        finally:
+            if self.state is not SessionState.ENDED:
+                self.state = SessionState.BROKEN
+            await writer.close(closed_as)
+
+    # -- hearing ----------------------------------------------------------------------------------
+
+    async def _listen(self, stream: Stream) -> str | None:
+        """Hear the source until it ends or a stop is requested; return why it failed, if it did."""
+        await self._publish(stream)
+        stop = asyncio.create_task(self._stop.wait())
+        items = aiter(self._source)
+        try:
+            while True:
+                item = asyncio.ensure_future(anext(items))
+                await asyncio.wait({item, stop}, return_when=asyncio.FIRST_COMPLETED)
+                if not item.done():
+                    item.cancel()
+                    await asyncio.wait({item})
+                    return None
+                await self._hear(stream, item.result())
+        except StopAsyncIteration:
+            return None
+        except MediaError as exc:
+            return str(exc)
+        finally:
+            stop.cancel()
+            await asyncio.wait({stop})
+
+    async def _hear(self, stream: Stream, item: AudioBlock | SourceGap) -> None:
+        if isinstance(item, SourceGap):
+            heard = stream.chunker.push_gap(item.num_samples, item.reason)
+        else:
+            heard = list(stream.chunker.push(item.samples))
+        for group in by_chunk_index(heard):
+            for chunk in group:
+                stream.push(chunk)
+            self._submit_due(stream)
+            await self._publish(stream)
+            if self._scheduling is Scheduling.BY_SAMPLE:
+                await self._until(lambda: not stream.has_partial_in_flight)
+            await self._until(lambda: stream.num_unfinished_finals <= MAX_UNFINISHED_FINALS)
+
+    async def _close(self, stream: Stream) -> None:
+        if self.failure is None:
+            stream.finish()
+        else:
+            stream.fail(self.failure)
+        self._submit_due(stream)
+        await self._publish(stream)
+        await self._until(lambda: stream.has_ended)
+        await self._publish(stream)
+
+    # -- snapshots and records --------------------------------------------------------------------
+
+    def _submit_due(self, stream: Stream) -> None:
+        tasks = self._tasks
+        if tasks is None:
+            raise RuntimeError("snapshots are submitted inside run() only")
+        for snapshot in stream.due_snapshots():
+            if self._observer is not None:
+                self._observer.on_snapshot(snapshot)
+            tasks.create_task(self._serve(stream, snapshot), name=f"snapshot-{snapshot.key.utterance}")
+
+    async def _serve(self, stream: Stream, snapshot: Snapshot) -> None:
+        async for outcome in self._stages.submit(snapshot):
+            stream.accept(outcome)
+            if self._observer is not None:
+                self._observer.on_outcome(snapshot, outcome)
+            await self._publish(stream)
+            async with self._progress:
+                self._progress.notify_all()
+
+    async def _publish(self, stream: Stream) -> None:
+        """Publish what the stream has made, in order; waits while Redis is behind."""
+        _, writer = self._opened()
+        async with self._publishing:
+            for record in stream.take_records():
+                await writer.publish(record)
+                if self._observer is not None:
+                    self._observer.on_record(record)
+
+    async def _until(self, is_met: Callable[[], bool]) -> None:
+        if is_met():
+            return
+        async with self._progress:
+            await self._progress.wait_for(is_met)
+
+    def _opened(self) -> tuple[Stream, StreamWriter]:
+        if self._stream is None or self._writer is None:
+            raise RuntimeError("call open() first")
+        return self._stream, self._writer
+
+
+def check_languages(params: StreamParams, info: StagesInfo) -> None:
+    """Refuse languages that the models do not know, before anything is published.
+
+    Raises:
+        ConfigError: naming the language and what is possible.
+    """
+    captions = params.captions
+    asked = [*captions.languages, *([] if captions.language == AUTO else [captions.language])]
+    for language in asked:
+        if language not in info.languages:
+            raise ConfigError(
+                f"language {language!r} is not one that {info.model} transcribes; "
+                f"use auto or one of: {', '.join(info.languages)}"
+            )
+    for language in captions.translate_to:
+        if language not in info.translates_to:
+            raise ConfigError(
+                f"{info.model} does not translate to {language!r}; it translates to: {', '.join(info.translates_to)}"
+            )
+
+
+def _ceil_to_chunk(sample: int) -> int:
+    return -(-sample // CHUNK_SAMPLES) * CHUNK_SAMPLES

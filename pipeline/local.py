@@ -1,0 +1,83 @@
+"""The whole DAG in one process and one thread, driven by samples, without a clock: the oracle of the tests.
+
+It is also the "live path in real-time order" of `surtitle bench accuracy`: snapshots are due at sample positions and
+every one is answered before the next chunk is heard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.audio.utterances_to_embeddings import UtterancesToEmbeddings
+from pipeline.decode.embeddings_to_hypotheses import DecodeEngine
+from pipeline.items import DecodeRequest, Embeddings, Outcome, Snapshot
+from pipeline.records import BaseRecord
+from pipeline.stream import Stream, StreamParams, by_chunk_index
+from pipeline.text.hypotheses_to_records import Tier
+
+
+@dataclass(frozen=True, slots=True)
+class LocalModels:
+    """The stages as plain objects."""
+
+    encoder: UtterancesToEmbeddings
+    engine: DecodeEngine
+    tier: Tier = "edge"
+
+
+def to_request(snapshot: Snapshot) -> DecodeRequest:
+    """Return what the decoder needs to know of `snapshot`."""
+    return DecodeRequest(
+        key=snapshot.key,
+        is_final=snapshot.is_final,
+        language=snapshot.language,
+        languages=snapshot.languages,
+        draft=snapshot.draft,
+        tasks=snapshot.tasks,
+    )
+
+
+def serve_snapshots(snapshots: list[Snapshot], models: LocalModels) -> Iterator[Outcome]:
+    """Yield every outcome of `snapshots`, encoded and decoded together."""
+    for snapshot, encoded in zip(snapshots, models.encoder.encode(snapshots), strict=True):
+        if isinstance(encoded, Embeddings):
+            models.engine.submit(to_request(snapshot), encoded)
+        else:
+            yield encoded
+    while models.engine.has_work:
+        yield from models.engine.step()
+
+
+def caption_samples(
+    samples: NDArray[np.int16], params: StreamParams, models: LocalModels, stream_id: str = "local"
+) -> list[BaseRecord]:
+    """Return all records of a stream whose whole sound is `samples`, int16[num_channels, num_samples] at 16 kHz."""
+    return caption_items([samples], params, models, stream_id)
+
+
+def caption_items(
+    runs: list[NDArray[np.int16]], params: StreamParams, models: LocalModels, stream_id: str = "local"
+) -> list[BaseRecord]:
+    """Return all records of a stream that arrives as `runs` of samples, each int16[num_channels, n]."""
+    stream = Stream(stream_id, params, num_channels=runs[0].shape[0] if runs else 1, tier=models.tier)
+    records: list[BaseRecord] = []
+    for run in runs:
+        for items in by_chunk_index(stream.chunker.push(run)):
+            for item in items:
+                stream.push(item)
+            records += _answer(stream, models)
+    stream.finish()
+    records += _answer(stream, models)
+    return records
+
+
+def _answer(stream: Stream, models: LocalModels) -> list[BaseRecord]:
+    snapshots = stream.due_snapshots()
+    if snapshots:
+        for outcome in serve_snapshots(snapshots, models):
+            stream.accept(outcome)
+    return stream.take_records()

@@ -1,0 +1,394 @@
+"""One stream, without I/O, threads or a clock: chunks and outcomes in, snapshots and records out.
+
+Both drivers use it: `pipeline/local.py` by samples (the oracle), `actors/session.py` by events. What it emits
+depends only on the chunks, on the outcomes, and, for partials, on when the driver asks for snapshots.
+
+    stream.push(chunk)            sound goes in
+    stream.due_snapshots()        what should be encoded and decoded now, finals first
+    stream.accept(outcome)        what came of it
+    stream.take_records()         what is to be published, in order for each key
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from pipeline.audio.chunks_to_utterances import ChunksToUtterances, VadParams
+from pipeline.audio.samples_to_chunks import SamplesToChunks
+from pipeline.audio.tail import AudioTail
+from pipeline.items import (
+    Chunk,
+    CloseReason,
+    Failure,
+    FailureKind,
+    Gap,
+    Outcome,
+    Snapshot,
+    SnapshotKey,
+    Task,
+    TaskKind,
+    UtteranceClosed,
+    UtteranceOpened,
+    tasks_of,
+)
+from pipeline.params import Params
+from pipeline.records import BaseRecord, FinalRecord, HealthRecord
+from pipeline.text.hypotheses_to_records import Tier, Utterance, to_error, to_final, to_partial, to_translation
+from pipeline.text.in_order import InOrder
+from pipeline.text.stable_prefix import StablePrefix
+from pipeline.text.transcripts_to_summaries import SummaryParams, TranscriptsToSummaries
+from pipeline.timebase import ms_to_samples, samples_to_ms
+
+AUTO = "auto"
+
+
+class SnapshotParams(Params):
+    """When an open utterance is sent to be transcribed."""
+
+    cadence_ms: int = Field(default=640, ge=160, le=5_000, description="new sound between two partials of an utterance")
+    min_speech_ms: int = Field(default=640, ge=320, le=5_000, description="no partial before this much speech")
+    keep_language_after_ms: int = Field(
+        default=3_000, ge=0, le=30_000, description="partials longer than this keep the language detected before"
+    )
+
+
+class CaptionParams(Params):
+    """What is asked of the decoder for each utterance."""
+
+    language: str = Field(default=AUTO, description="ISO 639-1 code of the speech, or auto: detected per utterance")
+    languages: tuple[str, ...] = Field(default=(), description="the only languages that auto may choose; empty: all")
+    translate_to: tuple[str, ...] = Field(default=(), description="languages every final is translated to")
+    has_partials: bool = Field(default=True, description="publish revisable partials while somebody speaks")
+
+    @field_validator("translate_to")
+    @classmethod
+    def _are_distinct(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(value)) != len(value):
+            raise ValueError(f"each language once, got {list(value)}")
+        return value
+
+
+class StreamParams(Params):
+    """All parameters of one stream."""
+
+    vad: VadParams = VadParams()
+    snapshots: SnapshotParams = SnapshotParams()
+    captions: CaptionParams = CaptionParams()
+    summary: SummaryParams | None = Field(default=None, description="null: no summaries")
+
+
+@dataclass(frozen=True, slots=True)
+class StartPoint:
+    """Where a stream's numbering and media clock begin; a resumed one goes on after its last entries."""
+
+    next_sequence: int = 1
+    next_utterance: int = 1
+    start_sample: int = 0
+    is_resumed: bool = False
+
+
+@dataclass(slots=True)
+class _OpenUtterance:
+    number: int
+    channel: int
+    start_sample: int
+    onset_sample: int
+    revision: int = 0
+    in_flight_revision: int | None = None
+    snapshot_end_sample: int = 0
+    language: str | None = None
+    draft: tuple[int, ...] = ()
+    stable: StablePrefix = field(default_factory=StablePrefix)
+
+
+@dataclass(slots=True)
+class _ClosedUtterance:
+    """A final on its way: some of its tasks have no outcome yet."""
+
+    utterance: Utterance
+    sequence: int
+    reason: CloseReason
+    open_tasks: set[Task]
+
+
+class Stream:
+    """The state of one stream and the rules by which it turns sound into records."""
+
+    def __init__(
+        self,
+        stream_id: str,
+        params: StreamParams,
+        *,
+        num_channels: int = 1,
+        tier: Tier = "edge",
+        start: StartPoint | None = None,
+    ) -> None:
+        start = start or StartPoint()
+        self.stream_id = stream_id
+        self.params = params
+        self.chunker = SamplesToChunks(num_channels, start_sample=start.start_sample)
+        self.num_failed_partials = 0
+        self.num_guarded = 0
+        self._tier: Tier = tier
+        self._detectors = [ChunksToUtterances(params.vad, channel) for channel in range(num_channels)]
+        self._tails = [AudioTail() for _ in range(num_channels)]
+        self._open: dict[int, _OpenUtterance] = {}  # by channel
+        self._closed: dict[int, _ClosedUtterance] = {}  # by utterance number
+        self._finals_due: list[Snapshot] = []
+        self._next_sequence = start.next_sequence
+        self._next_utterance = start.next_utterance
+        self._end_sample = start.start_sample
+        self._history_samples = ms_to_samples(params.vad.pre_roll_ms + params.vad.onset_ms) + ms_to_samples(1_000)
+        self._records: list[BaseRecord] = []
+        self._ordered: dict[Task, InOrder[BaseRecord]] = {
+            task: InOrder(start.next_sequence) for task in tasks_of(params.captions.translate_to, is_final=True)
+        }
+        self._summariser = None if params.summary is None else TranscriptsToSummaries(params.summary, stream_id, tier)
+        self._closing_event: HealthRecord | None = None
+        self._has_ended = False
+        self._emit_health("resumed" if start.is_resumed else "started")
+
+    # -- sound in ---------------------------------------------------------------------------------
+
+    def push(self, item: Chunk | Gap) -> None:
+        """Take the next item of the chunker."""
+        if isinstance(item, Gap):
+            self._records.append(
+                HealthRecord(
+                    stream=self.stream_id,
+                    event="gap",
+                    start_ms=samples_to_ms(item.start_sample),
+                    end_ms=samples_to_ms(item.end_sample),
+                    message=item.reason,
+                )
+            )
+            return
+        self._tails[item.channel].append(item)
+        self._end_sample = max(self._end_sample, item.end_sample)
+        for event in self._detectors[item.channel].push(item):
+            self._on_event(event)
+        self._trim(item.channel)
+
+    def finish(self) -> None:
+        """Close what is open: the sound has ended. `ended` follows when the last final is out."""
+        self._finish("ended", "")
+
+    def fail(self, message: str) -> None:
+        """Close what is open after the source failed. `failed` with `message` follows the last final."""
+        self._finish("failed", message)
+
+    def _finish(self, event: Literal["ended", "failed"], message: str) -> None:
+        if self._closing_event is not None:
+            return
+        real_end_sample = self.chunker.end_sample
+        for chunk in self.chunker.flush():
+            self.push(chunk)
+        for detector in self._detectors:
+            for closed in detector.flush():
+                self._on_event(closed)
+        self._end_sample = real_end_sample
+        end_ms = samples_to_ms(real_end_sample)
+        self._closing_event = HealthRecord(
+            stream=self.stream_id, event=event, start_ms=end_ms, end_ms=end_ms, message=message
+        )
+        self._end_if_done()
+
+    # -- snapshots out ----------------------------------------------------------------------------
+
+    def due_snapshots(self) -> list[Snapshot]:
+        """Return what should be served now, finals first; each is returned once."""
+        due, self._finals_due = self._finals_due, []
+        if self.params.captions.has_partials and self._closing_event is None:
+            for utterance in sorted(self._open.values(), key=lambda u: u.number):
+                if self._is_partial_due(utterance):
+                    due.append(self._take_partial(utterance))
+        return due
+
+    def _is_partial_due(self, utterance: _OpenUtterance) -> bool:
+        params = self.params.snapshots
+        end_sample = self._tails[utterance.channel].end_sample
+        last_speech_sample = self._detectors[utterance.channel].last_speech_sample
+        since = max(utterance.snapshot_end_sample, utterance.start_sample)
+        return (
+            utterance.in_flight_revision is None
+            and end_sample - utterance.onset_sample >= ms_to_samples(params.min_speech_ms)
+            and end_sample - since >= ms_to_samples(params.cadence_ms)
+            and last_speech_sample > utterance.snapshot_end_sample
+        )
+
+    def _take_partial(self, utterance: _OpenUtterance) -> Snapshot:
+        end_sample = self._tails[utterance.channel].end_sample
+        snapshot = self._snapshot(utterance, end_sample, is_final=False)
+        utterance.in_flight_revision = utterance.revision
+        utterance.snapshot_end_sample = end_sample
+        return snapshot
+
+    def _snapshot(self, utterance: _OpenUtterance, end_sample: int, *, is_final: bool) -> Snapshot:
+        captions = self.params.captions
+        utterance.revision += 1
+        language = None if captions.language == AUTO else captions.language
+        if not is_final:
+            # A final detects anew from its own sound, so that it never depends on when partials were made.
+            language = language or utterance.language
+        return Snapshot(
+            key=SnapshotKey(self.stream_id, utterance.number, utterance.revision),
+            channel=utterance.channel,
+            is_final=is_final,
+            start_sample=utterance.start_sample,
+            samples=self._tails[utterance.channel].slice(utterance.start_sample, end_sample),
+            language=language,
+            languages=captions.languages,
+            draft=utterance.draft,
+            tasks=tasks_of(captions.translate_to, is_final=is_final),
+        )
+
+    # -- outcomes in ------------------------------------------------------------------------------
+
+    def accept(self, outcome: Outcome) -> None:
+        """Take the outcome of one task of a snapshot; late outcomes of overtaken partials are ignored."""
+        closed = self._closed.get(outcome.key.utterance)
+        if closed is not None:
+            self._accept_final(closed, outcome)
+            return
+        for utterance in self._open.values():
+            if utterance.number == outcome.key.utterance and utterance.in_flight_revision == outcome.key.revision:
+                self._accept_partial(utterance, outcome)
+                return
+
+    def _accept_partial(self, utterance: _OpenUtterance, outcome: Outcome) -> None:
+        utterance.in_flight_revision = None
+        if isinstance(outcome, Failure):
+            if outcome.kind is FailureKind.FAILED:
+                self.num_failed_partials += 1
+            return
+        if outcome.guard is not None:
+            self.num_guarded += 1
+            return
+        utterance.draft = outcome.tokens
+        heard_samples = utterance.snapshot_end_sample - utterance.start_sample
+        if heard_samples >= ms_to_samples(self.params.snapshots.keep_language_after_ms):
+            utterance.language = outcome.language
+        shown, stable_chars = utterance.stable.revise(outcome.text)
+        if shown:
+            seen = self._describe(utterance, utterance.snapshot_end_sample)
+            self._records.append(to_partial(seen, outcome, shown, stable_chars))
+
+    def _accept_final(self, closed: _ClosedUtterance, outcome: Outcome) -> None:
+        tasks = sorted(closed.open_tasks, key=_task_order) if outcome.task is None else [outcome.task]
+        for task in tasks:
+            if task not in closed.open_tasks:
+                continue
+            closed.open_tasks.discard(task)
+            self._release(task, closed.sequence, self._final_record(closed, task, outcome))
+        if not closed.open_tasks:
+            del self._closed[closed.utterance.number]
+        self._end_if_done()
+
+    def _final_record(self, closed: _ClosedUtterance, task: Task, outcome: Outcome) -> BaseRecord:
+        if isinstance(outcome, Failure):
+            return to_error(closed.utterance, task, closed.sequence, outcome.message)
+        self.num_guarded += outcome.guard is not None
+        if task.kind is TaskKind.TRANSLATE:
+            return to_translation(closed.utterance, outcome, closed.sequence)
+        return to_final(closed.utterance, outcome, closed.sequence, closed.reason)
+
+    def _release(self, task: Task, sequence: int, record: BaseRecord) -> None:
+        for released in self._ordered[task].put(sequence, record):
+            self._records.append(released)
+            if self._summariser is not None and isinstance(released, FinalRecord):
+                self._records.extend(self._summariser.push(released))
+
+    def _end_if_done(self) -> None:
+        if self._closing_event is None or self._closed or self._has_ended:
+            return
+        self._has_ended = True
+        if self._summariser is not None:
+            self._records.extend(self._summariser.finish())
+        self._records.append(self._closing_event)
+
+    # -- records out ------------------------------------------------------------------------------
+
+    def take_records(self) -> list[BaseRecord]:
+        """Return the records made since the last call, in the order in which they are to be published."""
+        records, self._records = self._records, []
+        return records
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the last record was made."""
+        return self._has_ended
+
+    @property
+    def has_partial_in_flight(self) -> bool:
+        """Whether a partial was handed out and has no outcome yet."""
+        return any(utterance.in_flight_revision is not None for utterance in self._open.values())
+
+    @property
+    def num_unfinished_finals(self) -> int:
+        """How many closed utterances wait for an outcome."""
+        return len(self._closed)
+
+    @property
+    def end_sample(self) -> int:
+        """One past the newest sample of the media clock."""
+        return self._end_sample
+
+    # -- utterances -------------------------------------------------------------------------------
+
+    def _on_event(self, event: UtteranceOpened | UtteranceClosed) -> None:
+        if isinstance(event, UtteranceOpened):
+            self._open[event.channel] = _OpenUtterance(
+                self._next_utterance, event.channel, event.start_sample, event.onset_sample
+            )
+            self._next_utterance += 1
+            return
+        utterance = self._open.pop(event.channel)
+        end_sample = min(event.end_sample, self.chunker.end_sample)
+        snapshot = self._snapshot(utterance, end_sample, is_final=True)
+        self._finals_due.append(snapshot)
+        self._closed[utterance.number] = _ClosedUtterance(
+            self._describe(utterance, end_sample), self._next_sequence, event.reason, set(snapshot.tasks)
+        )
+        self._next_sequence += 1
+
+    def _describe(self, utterance: _OpenUtterance, end_sample: int) -> Utterance:
+        return Utterance(
+            stream_id=self.stream_id,
+            number=utterance.number,
+            channel=utterance.channel,
+            start_sample=utterance.start_sample,
+            end_sample=end_sample,
+            tier=self._tier,
+            is_language_given=self.params.captions.language != AUTO,
+        )
+
+    def _trim(self, channel: int) -> None:
+        keep_from = self._tails[channel].end_sample - self._history_samples
+        utterance = self._open.get(channel)
+        if utterance is not None:
+            keep_from = min(keep_from, utterance.start_sample)
+        self._tails[channel].drop_before(keep_from)
+
+    def _emit_health(self, event: Literal["started", "resumed"]) -> None:
+        now_ms = samples_to_ms(self._end_sample)
+        self._records.append(HealthRecord(stream=self.stream_id, event=event, start_ms=now_ms, end_ms=now_ms))
+
+
+def by_chunk_index(items: Iterable[Chunk | Gap]) -> Iterator[list[Chunk | Gap]]:
+    """Group the chunks of all channels that cover the same 80 ms: snapshots are taken between groups, never inside one."""
+    group: list[Chunk | Gap] = []
+    for item in items:
+        if group and isinstance(item, Chunk) and isinstance(group[-1], Chunk) and item.index != group[-1].index:
+            yield group
+            group = []
+        group.append(item)
+    if group:
+        yield group
+
+
+def _task_order(task: Task) -> tuple[str, str]:
+    return (task.kind.value, task.target_language or "")
