@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 from collections.abc import Callable
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Protocol, cast
 
+from ingest.source import AudioBlock, Source, SourceGap
+
+from actors.publisher import Publisher, StreamWriter
+from actors.stages import Stages, StagesInfo
 from pipeline.errors import ConfigError, MediaError
 from pipeline.items import Outcome, Snapshot
 from pipeline.records import BaseRecord
@@ -21,14 +24,8 @@ from pipeline.stream import AUTO, StartPoint, Stream, StreamParams, by_chunk_ind
 from pipeline.text.hypotheses_to_records import Tier
 from pipeline.timebase import CHUNK_SAMPLES, ms_to_samples
 
-from actors.publisher import Publisher, StreamWriter
-from actors.stages import Stages, StagesInfo
-from ingest.source import AudioBlock, Source, SourceGap
-
-log = logging.getLogger(__name__)
-
 MAX_UNFINISHED_FINALS = 8
-"""With so many finals on their way the session stops listening until one is out: memory stays bounded, sound is kept."""
+"""With more finals on their way the session hears nothing until one is out: memory stays bounded, no sound is lost."""
 
 
 class Scheduling(StrEnum):
@@ -51,11 +48,17 @@ class SessionState(StrEnum):
 class SessionObserver(Protocol):
     """Who counts what happens (metrics). Called on the event loop, must not block."""
 
-    def on_record(self, record: BaseRecord) -> None: ...
+    def on_record(self, record: BaseRecord) -> None:
+        """Take note of a record that was handed to the publisher."""
+        ...
 
-    def on_snapshot(self, snapshot: Snapshot) -> None: ...
+    def on_snapshot(self, snapshot: Snapshot) -> None:
+        """Take note of a snapshot that is about to be submitted."""
+        ...
 
-    def on_outcome(self, snapshot: Snapshot, outcome: Outcome) -> None: ...
+    def on_outcome(self, snapshot: Snapshot, outcome: Outcome) -> None:
+        """Take note of an outcome of a submitted snapshot."""
+        ...
 
 
 class Session:

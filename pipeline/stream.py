@@ -379,7 +379,7 @@ class Stream:
 
 
 def by_chunk_index(items: Iterable[Chunk | Gap]) -> Iterator[list[Chunk | Gap]]:
-    """Group the chunks of all channels that cover the same 80 ms: snapshots are taken between groups, never inside one."""
+    """Group the chunks of all channels that cover the same 80 ms: snapshots are taken between groups."""
     group: list[Chunk | Gap] = []
     for item in items:
         if group and isinstance(item, Chunk) and isinstance(group[-1], Chunk) and item.index != group[-1].index:

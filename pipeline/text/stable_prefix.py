@@ -1,8 +1,8 @@
 """The stable prefix of a growing transcript: the part of a partial that a viewer may already trust.
 
-A unit (a word, or one character of a script written without spaces) becomes stable when two consecutive hypotheses agree
-on it and on everything before it; what was once stable stays until the final. The rule is the "local agreement" of
-Liu et al. 2020 (https://arxiv.org/abs/2005.11185) with the longest agreement ever instead of the last one.
+A unit (a word, or one character of a script written without spaces) becomes stable when two consecutive hypotheses
+agree on it and on everything before it; what was once stable stays until the final. The rule is the "local agreement"
+of Liu et al. 2020 (https://arxiv.org/abs/2005.11185) with the longest agreement ever instead of the last one.
 """
 
 from __future__ import annotations

@@ -1,0 +1,24 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.text.in_order import InOrder
+
+
+@given(st.permutations(range(5, 15)))
+def test_results_leave_in_order_whatever_order_they_come_in(arrivals):
+    ledger: InOrder[int] = InOrder(5)
+    released: list[int] = []
+    for arrived, sequence in enumerate(arrivals, start=1):
+        released += ledger.put(sequence, sequence)
+        assert len(released) + ledger.num_waiting == arrived
+    assert released == list(range(5, 15))
+
+
+@pytest.mark.parametrize("again", [1, 3])
+def test_a_sequence_cannot_be_given_twice(again):
+    ledger: InOrder[str] = InOrder(1)
+    ledger.put(1, "a")
+    ledger.put(3, "c")
+    with pytest.raises(ValueError, match=f"sequence {again} was already given"):
+        ledger.put(again, "again")
