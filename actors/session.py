@@ -118,7 +118,7 @@ class Session:
                 start=StartPoint(
                     next_sequence=resume.next_sequence,
                     next_utterance=resume.next_utterance,
-                    start_sample=_ceil_to_chunk(ms_to_samples(resume.covered_ms)),
+                    start_sample=_ceil_to_grid(ms_to_samples(resume.covered_ms)),
                     is_resumed=resume.is_resumed,
                 ),
             )
@@ -266,5 +266,7 @@ def check_languages(params: StreamParams, info: StagesInfo) -> None:
             )
 
 
-def _ceil_to_chunk(sample: int) -> int:
-    return -(-sample // CHUNK_SAMPLES) * CHUNK_SAMPLES
+def _ceil_to_grid(sample: int) -> int:
+    """Round up to where chunks (80 ms) and detector windows of 10, 20 and 30 ms all begin."""
+    grid_samples = 3 * CHUNK_SAMPLES
+    return -(-sample // grid_samples) * grid_samples

@@ -17,7 +17,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
-from pipeline.audio.chunks_to_utterances import ChunksToUtterances, VadParams
+from pipeline.audio.chunks_to_utterances import Checkpoint, ChunksToUtterances, VadParams
 from pipeline.audio.samples_to_chunks import SamplesToChunks
 from pipeline.audio.tail import AudioTail
 from pipeline.items import (
@@ -110,6 +110,7 @@ class _ClosedUtterance:
     """A final on its way: some of its tasks have no outcome yet."""
 
     utterance: Utterance
+    revision: int
     sequence: int
     reason: CloseReason
     open_tasks: set[Task]
@@ -134,7 +135,8 @@ class Stream:
         self.num_failed_partials = 0
         self.num_guarded = 0
         self._tier: Tier = tier
-        self._detectors = [ChunksToUtterances(params.vad, channel) for channel in range(num_channels)]
+        here = Checkpoint(start.start_sample, start.start_sample)
+        self._detectors = [ChunksToUtterances(params.vad, channel, here) for channel in range(num_channels)]
         self._tails = [AudioTail() for _ in range(num_channels)]
         self._open: dict[int, _OpenUtterance] = {}  # by channel
         self._closed: dict[int, _ClosedUtterance] = {}  # by utterance number
@@ -142,7 +144,7 @@ class Stream:
         self._next_sequence = start.next_sequence
         self._next_utterance = start.next_utterance
         self._end_sample = start.start_sample
-        self._history_samples = ms_to_samples(params.vad.pre_roll_ms + params.vad.onset_ms) + ms_to_samples(1_000)
+        self._history_samples = ms_to_samples(_history_ms(params.vad))
         self._records: list[BaseRecord] = []
         self._ordered: dict[Task, InOrder[BaseRecord]] = {
             task: InOrder(start.next_sequence) for task in tasks_of(params.captions.translate_to, is_final=True)
@@ -252,7 +254,8 @@ class Stream:
         """Take the outcome of one task of a snapshot; late outcomes of overtaken partials are ignored."""
         closed = self._closed.get(outcome.key.utterance)
         if closed is not None:
-            self._accept_final(closed, outcome)
+            if closed.revision == outcome.key.revision:
+                self._accept_final(closed, outcome)
             return
         for utterance in self._open.values():
             if utterance.number == outcome.key.utterance and utterance.in_flight_revision == outcome.key.revision:
@@ -351,7 +354,11 @@ class Stream:
         snapshot = self._snapshot(utterance, end_sample, is_final=True)
         self._finals_due.append(snapshot)
         self._closed[utterance.number] = _ClosedUtterance(
-            self._describe(utterance, end_sample), self._next_sequence, event.reason, set(snapshot.tasks)
+            self._describe(utterance, end_sample),
+            snapshot.key.revision,
+            self._next_sequence,
+            event.reason,
+            set(snapshot.tasks),
         )
         self._next_sequence += 1
 
@@ -376,6 +383,15 @@ class Stream:
     def _emit_health(self, event: Literal["started", "resumed"]) -> None:
         now_ms = samples_to_ms(self._end_sample)
         self._records.append(HealthRecord(stream=self.stream_id, event=event, start_ms=now_ms, end_ms=now_ms))
+
+
+def _history_ms(vad: VadParams) -> int:
+    """Return how far behind the newest sample an utterance that opens now can begin.
+
+    It opens when `min_speech_ms` of speech came together, in the worst case one window at a time with almost a
+    hangover between them.
+    """
+    return vad.windows(vad.min_speech_ms) * vad.hangover_ms + vad.onset_ms + vad.pre_roll_ms + 1_000
 
 
 def by_chunk_index(items: Iterable[Chunk | Gap]) -> Iterator[list[Chunk | Gap]]:

@@ -1,0 +1,253 @@
+"""The stream core, with outcomes made by hand: its rules do not depend on what models answer."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from pipeline.items import (
+    TRANSCRIBE,
+    Failure,
+    FailureKind,
+    Hypothesis,
+    Outcome,
+    Snapshot,
+    Task,
+    TaskKind,
+    Word,
+)
+from pipeline.records import BaseRecord, ErrorRecord, FinalRecord, HealthRecord, PartialRecord, TranslationRecord
+from pipeline.stream import CaptionParams, StartPoint, Stream, StreamParams, by_chunk_index
+from pipeline.timebase import CHUNK_SAMPLES, SAMPLE_RATE_HZ
+from tests.media import read_pcm
+
+
+def answer(
+    snapshot: Snapshot, text: str = "one two", *, task: Task = TRANSCRIBE, guard: str | None = None
+) -> Hypothesis:
+    return Hypothesis(
+        key=snapshot.key,
+        task=task,
+        text=text,
+        tokens=(snapshot.key.utterance, snapshot.key.revision),
+        words=(Word("one", 0, 160, 0.5),) if snapshot.is_final and task == TRANSCRIBE else (),
+        language="en",
+        language_source="detected",
+        average_logprob=-0.25,
+        no_speech_probability=0.01,
+        num_passes=1,
+        guard=guard,
+    )
+
+
+def hear(stream: Stream, samples: NDArray[np.int16]) -> list[Snapshot]:
+    """Push all of `samples` and return every snapshot that was due on the way, without answering any."""
+    due: list[Snapshot] = []
+    for group in by_chunk_index(stream.chunker.push(np.atleast_2d(samples))):
+        for chunk in group:
+            stream.push(chunk)
+        due += stream.due_snapshots()
+    return due
+
+
+def caption(
+    stream: Stream, samples: NDArray[np.int16], decode: Callable[[Snapshot], Iterable[Outcome]]
+) -> tuple[list[Snapshot], list[BaseRecord]]:
+    """Play `samples` to the end, answering every snapshot at once."""
+    served: list[Snapshot] = []
+
+    def serve() -> None:
+        for snapshot in stream.due_snapshots():
+            served.append(snapshot)
+            for outcome in decode(snapshot):
+                stream.accept(outcome)
+
+    for group in by_chunk_index(stream.chunker.push(np.atleast_2d(samples))):
+        for chunk in group:
+            stream.push(chunk)
+        serve()
+    stream.finish()
+    serve()
+    return served, stream.take_records()
+
+
+def of_kind(records: list[BaseRecord], kind: type[BaseRecord]) -> list[BaseRecord]:
+    return [record for record in records if isinstance(record, kind)]
+
+
+@pytest.fixture(scope="module")
+def sound(speech) -> NDArray[np.int16]:
+    return read_pcm(speech)
+
+
+def test_a_stream_starts_and_ends_with_health_records_around_partials_and_finals(sound):
+    served, records = caption(Stream("s", StreamParams()), sound, lambda snapshot: [answer(snapshot)])
+    health = of_kind(records, HealthRecord)
+    finals = of_kind(records, FinalRecord)
+    assert [record.event for record in health] == ["started", "ended"]
+    assert records[0] is health[0]
+    assert records[-1] is health[-1]
+    assert health[-1].end_ms == len(sound) // 16
+    assert [final.sequence for final in finals] == list(range(1, len(finals) + 1))
+    assert len(finals) >= 3
+    assert sum(snapshot.is_final for snapshot in served) == len(finals)
+    assert len(of_kind(records, PartialRecord)) > len(finals)
+
+
+def test_a_partial_waits_for_640_ms_of_speech_and_of_new_sound(sound):
+    served, _ = caption(Stream("s", StreamParams()), sound, lambda snapshot: [answer(snapshot)])
+    partials = [snapshot for snapshot in served if not snapshot.is_final]
+    for before, after in itertools.pairwise(partials):
+        if before.key.utterance == after.key.utterance:
+            assert after.end_sample - before.end_sample == 640 * 16
+        assert len(after.samples) >= 640 * 16
+
+
+def test_no_partial_is_asked_for_while_one_is_in_flight(sound):
+    due = hear(Stream("s", StreamParams()), sound)
+    for utterance in {snapshot.key.utterance for snapshot in due}:
+        assert [snapshot.is_final for snapshot in due if snapshot.key.utterance == utterance].count(False) <= 1
+
+
+def test_snapshots_hold_the_sound_of_their_utterance(sound):
+    due = hear(Stream("s", StreamParams()), sound)
+    padded = np.concatenate([sound, np.zeros(CHUNK_SAMPLES, np.int16)])
+    for snapshot in due:
+        assert np.array_equal(snapshot.samples, padded[snapshot.start_sample : snapshot.end_sample])
+
+
+def test_finals_leave_in_order_though_their_outcomes_come_in_reverse(sound):
+    stream = Stream("s", StreamParams())
+    finals = [snapshot for snapshot in hear(stream, sound) if snapshot.is_final]
+    assert len(finals) >= 3
+    for snapshot in finals[:0:-1]:
+        stream.accept(answer(snapshot))
+        assert not of_kind(stream.take_records(), FinalRecord)
+    stream.accept(answer(finals[0]))
+    assert [record.sequence for record in of_kind(stream.take_records(), FinalRecord)] == [*range(1, len(finals) + 1)]
+
+
+def test_each_language_has_its_own_order(sound):
+    params = StreamParams(captions=CaptionParams(translate_to=("en",)))
+    english = Task(TaskKind.TRANSLATE, "en")
+    stream = Stream("s", params)
+    first, second, *_ = [snapshot for snapshot in hear(stream, sound) if snapshot.is_final]
+    assert first.tasks == (TRANSCRIBE, english)
+    stream.accept(answer(first))
+    stream.accept(answer(second))
+    stream.accept(answer(second, task=english))
+    records = stream.take_records()
+    assert [record.sequence for record in of_kind(records, FinalRecord)] == [1, 2]
+    assert not of_kind(records, TranslationRecord)
+    stream.accept(answer(first, task=english))
+    assert [record.sequence for record in of_kind(stream.take_records(), TranslationRecord)] == [1, 2]
+
+
+def test_a_failed_final_is_an_error_record_in_its_place_and_blocks_nobody(sound):
+    params = StreamParams(captions=CaptionParams(translate_to=("en",)))
+    stream = Stream("s", params)
+    first, second, *_ = [snapshot for snapshot in hear(stream, sound) if snapshot.is_final]
+    stream.accept(answer(second))
+    stream.accept(Failure(first.key, None, FailureKind.FAILED, "the encoder refused it"))
+    records = stream.take_records()
+    errors = of_kind(records, ErrorRecord)
+    assert [(error.task, error.sequence) for error in errors] == [("transcribe", 1), ("translate:en", 1)]
+    assert errors[0].message == "the encoder refused it"
+    assert [final.sequence for final in of_kind(records, FinalRecord)] == [2]
+    assert records.index(errors[0]) < records.index(of_kind(records, FinalRecord)[0])
+
+
+def test_an_overtaken_partial_changes_nothing_when_it_answers_late(sound):
+    stream = Stream("s", StreamParams())
+    due = hear(stream, sound)
+    late = next(snapshot for snapshot in due if not snapshot.is_final)
+    stream.take_records()
+    stream.accept(answer(late, "too late"))
+    assert stream.take_records() == []
+
+
+def test_a_guarded_partial_is_neither_published_nor_a_draft(sound):
+    served, records = caption(
+        Stream("s", StreamParams()), sound, lambda s: [answer(s, guard=None if s.is_final else "loop")]
+    )
+    assert not of_kind(records, PartialRecord)
+    assert all(snapshot.draft == () for snapshot in served)
+
+
+def test_the_last_hypothesis_is_the_next_draft_and_the_finals(sound):
+    served, _ = caption(Stream("s", StreamParams()), sound, lambda snapshot: [answer(snapshot)])
+    for snapshot in served:
+        revision = snapshot.key.revision
+        assert snapshot.draft == (() if revision == 1 else (snapshot.key.utterance, revision - 1))
+
+
+def test_a_language_once_detected_on_enough_sound_stays_for_partials_but_not_for_the_final(sound):
+    served, _ = caption(Stream("s", StreamParams()), sound, lambda snapshot: [answer(snapshot)])
+    for snapshot in served:
+        heard_before_ms = (snapshot.key.revision - 1) * 640
+        if snapshot.is_final or heard_before_ms < 3_000 - 1_000:
+            assert snapshot.language is None
+        elif heard_before_ms > 3_000 + 1_000:
+            assert snapshot.language == "en"
+
+
+def test_a_failing_source_still_gives_the_final_of_what_was_heard(sound):
+    stream = Stream("s", StreamParams())
+    hear(stream, sound[: 3 * SAMPLE_RATE_HZ])
+    stream.fail("the connection was lost")
+    (final,) = stream.due_snapshots()
+    assert not stream.has_ended
+    stream.accept(answer(final))
+    assert stream.has_ended
+    last = stream.take_records()[-1]
+    assert isinstance(last, HealthRecord)
+    assert (last.event, last.message) == ("failed", "the connection was lost")
+
+
+def test_a_resumed_stream_goes_on_numbering_and_counting_time(sound):
+    start = StartPoint(next_sequence=8, next_utterance=9, start_sample=30 * CHUNK_SAMPLES, is_resumed=True)
+    served, records = caption(Stream("s", StreamParams(), start=start), sound, lambda snapshot: [answer(snapshot)])
+    finals = of_kind(records, FinalRecord)
+    assert isinstance(records[0], HealthRecord)
+    assert records[0].event == "resumed"
+    assert (finals[0].sequence, finals[0].utterance) == (8, 9)
+    assert served[0].start_sample >= 30 * CHUNK_SAMPLES
+    assert records[-1].end_ms == 30 * 80 + len(sound) // 16
+
+
+def test_a_gap_is_told(sound):
+    stream = Stream("s", StreamParams())
+    for item in stream.chunker.push_gap(16_000, "packets lost"):
+        stream.push(item)
+    gap = stream.take_records()[-1]
+    assert isinstance(gap, HealthRecord)
+    assert (gap.event, gap.start_ms, gap.end_ms, gap.message) == ("gap", 0, 1_000, "packets lost")
+
+
+def test_two_channels_have_utterances_of_their_own(media):
+    both = read_pcm(media / "two_voices.wav")
+    _, records = caption(Stream("s", StreamParams(), num_channels=2), both, lambda snapshot: [answer(snapshot)])
+    finals = of_kind(records, FinalRecord)
+    assert {final.channel for final in finals} == {0, 1}
+    assert len({final.utterance for final in finals}) == len(finals)
+    for channel in (0, 1):
+        _, alone = caption(Stream("s", StreamParams()), both[channel], lambda snapshot: [answer(snapshot)])
+        assert [(f.start_ms, f.end_ms) for f in finals if f.channel == channel] == [
+            (f.start_ms, f.end_ms) for f in of_kind(alone, FinalRecord)
+        ]
+
+
+def test_memory_does_not_grow_with_silence():
+    stream = Stream("s", StreamParams())
+    silence = np.zeros(60 * SAMPLE_RATE_HZ, np.int16)
+    held = []
+    for _ in range(5):
+        hear(stream, silence)
+        held.append(sum(tail.end_sample - tail.start_sample for tail in stream._tails))
+        stream.take_records()
+    assert held[-1] == held[0]
+    assert held[-1] < 10 * SAMPLE_RATE_HZ
