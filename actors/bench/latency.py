@@ -1,0 +1,206 @@
+"""Latencies of one stream from its records and when they were received: pure functions (docs/performance.md).
+
+Media time is mapped to wall time by one anchor, the wall time at which sample 0 was heard. All times are milliseconds.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+from pipeline.records import ErrorRecord, FinalRecord, PartialRecord, Record
+from pipeline.text.stable_prefix import normalise_unit, split_units
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """One record and the wall time (ms) at which a consumer had read it from Redis."""
+
+    record: Record
+    at_ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class UtteranceTimes:
+    """Where the detector heard the first and last speech of an utterance, in media time."""
+
+    onset_ms: int
+    last_speech_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class Percentiles:
+    """By nearest rank: the smallest value that at least p percent of all are not above. None without values."""
+
+    p50: float | None
+    p95: float | None
+    num: int
+
+    @staticmethod
+    def of(values: Iterable[float]) -> Percentiles:
+        """Return the percentiles of `values`."""
+        ordered = sorted(values)
+        return Percentiles(_nearest_rank(ordered, 50), _nearest_rank(ordered, 95), len(ordered))
+
+    def to_json(self) -> dict[str, float | int | None]:
+        """Return the values rounded to a tenth of a millisecond."""
+        p50, p95 = (None if value is None else round(value, 1) for value in (self.p50, self.p95))
+        return {"p50": p50, "p95": p95, "num": self.num}
+
+
+@dataclass(slots=True)
+class Latencies:
+    """Every single measurement, of one stream or of several put together."""
+
+    first_word_ms: list[float] = field(default_factory=list)
+    emission_lag_ms: list[float] = field(default_factory=list)
+    stable_lag_ms: list[float] = field(default_factory=list)
+    commit_lag_ms: list[float] = field(default_factory=list)
+    finalisation_ms: list[float] = field(default_factory=list)
+    cadence_ms: list[float] = field(default_factory=list)
+    num_stable_words: int = 0
+    num_stable_words_lost: int = 0
+    num_partials: int = 0
+    num_finals: int = 0
+    num_finals_lost: int = 0
+    num_duplicate_finals: int = 0
+
+    def add(self, other: Latencies) -> None:
+        """Put the measurements of another stream to these."""
+        for name in self.__slots__:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
+
+def measure(received: Sequence[Received], anchor_ms: float, utterances: Mapping[int, UtteranceTimes]) -> Latencies:
+    """Return the latencies of one stream of one channel.
+
+    Args:
+        received: its records in the order in which a consumer got them.
+        anchor_ms: wall time of media sample 0.
+        utterances: by number, all utterances that are in the sound: every one owes a final.
+    """
+    result = Latencies()
+    partials: dict[int, list[tuple[PartialRecord, float]]] = defaultdict(list)
+    finals: dict[int, tuple[FinalRecord, float]] = {}
+    for item in received:
+        if isinstance(item.record, PartialRecord):
+            partials[item.record.utterance].append((item.record, item.at_ms))
+            result.num_partials += 1
+        elif isinstance(item.record, FinalRecord):
+            result.num_duplicate_finals += item.record.utterance in finals
+            finals.setdefault(item.record.utterance, (item.record, item.at_ms))
+    result.num_finals = len(finals)
+    result.num_finals_lost = sum(number not in finals for number in utterances)
+    for history in partials.values():
+        result.cadence_ms += [later - earlier for (_, earlier), (_, later) in pairwise(history)]
+    for number, (final, at_ms) in finals.items():
+        times = utterances.get(number)
+        if times is not None and final.text:
+            _measure_utterance(result, partials[number], (final, at_ms), _Wall(anchor_ms, times))
+    return result
+
+
+def find_error_records(received: Iterable[Received]) -> list[ErrorRecord]:
+    """Return the records that stand in the place of one that failed for good."""
+    return [item.record for item in received if isinstance(item.record, ErrorRecord)]
+
+
+def count_lost_words(stable: Sequence[str], final: Sequence[str]) -> int:
+    """Return how many word edits turn `stable` into a beginning of `final`: what viewers were shown and must unlearn.
+
+    Units are compared by their letters and digits, without case. The beginning that costs least counts.
+    """
+    before = list(range(len(final) + 1))
+    for row, word in enumerate(stable, start=1):
+        current = [row]
+        for column, kept in enumerate(final, start=1):
+            substituted = before[column - 1] + (normalise_unit(word) != normalise_unit(kept))
+            current.append(min(substituted, before[column] + 1, current[-1] + 1))
+        before = current
+    return min(before)
+
+
+@dataclass(frozen=True, slots=True)
+class _Wall:
+    """An utterance's times on the consumer's clock."""
+
+    anchor_ms: float
+    times: UtteranceTimes
+
+    @property
+    def onset_ms(self) -> float:
+        return self.anchor_ms + self.times.onset_ms
+
+    @property
+    def last_speech_ms(self) -> float:
+        return self.anchor_ms + self.times.last_speech_ms
+
+
+def _measure_utterance(
+    result: Latencies,
+    partials: Sequence[tuple[PartialRecord, float]],
+    final_and_time: tuple[FinalRecord, float],
+    wall: _Wall,
+) -> None:
+    final, final_at_ms = final_and_time
+    units = [normalise_unit(unit) for unit in split_units(final.text)]
+    shown = [([normalise_unit(unit) for unit in split_units(record.text)], at_ms) for record, at_ms in partials]
+    stable = [(_stable_units(record), at_ms) for record, at_ms in partials]
+    whole = (units, final_at_ms)
+
+    first_word_at_ms = _first_time(0, units, [*shown, whole])
+    result.first_word_ms.append(first_word_at_ms - wall.onset_ms)
+    result.finalisation_ms.append(final_at_ms - wall.last_speech_ms)
+    for place, end_ms in _word_ends(final, units):
+        said_at_ms = wall.anchor_ms + end_ms
+        result.emission_lag_ms.append(_first_time(place, units, [*shown, whole]) - said_at_ms)
+        result.stable_lag_ms.append(_first_time(place, units, [*stable, whole]) - said_at_ms)
+        result.commit_lag_ms.append(final_at_ms - said_at_ms)
+    longest = max((seen for seen, _ in stable), key=len, default=[])
+    result.num_stable_words += len(longest)
+    result.num_stable_words_lost += count_lost_words(longest, units)
+
+
+def _first_time(place: int, units: Sequence[str], history: Sequence[tuple[Sequence[str], float]]) -> float:
+    """Return when the final's unit at `place` was first seen there; the last of `history` is the final itself."""
+    return next(at_ms for seen, at_ms in history if len(seen) > place and seen[place] == units[place])
+
+
+def _stable_units(record: PartialRecord) -> list[str]:
+    """Return the units whose letters lie wholly within the stable prefix."""
+    stable = record.text[: record.stable_chars]
+    units = split_units(stable)
+    if units and record.stable_chars < len(record.text):
+        whole = split_units(record.text)[len(units) - 1]
+        if normalise_unit(whole) != normalise_unit(units[-1]):
+            units.pop()
+    return [normalise_unit(unit) for unit in units]
+
+
+def _word_ends(final: FinalRecord, units: Sequence[str]) -> list[tuple[int, int]]:
+    """Return (place among the units, end in media ms) of every word of the final that has a time.
+
+    Words of the model and units of the text are matched by their characters without white space: a model's word may be
+    several units (scripts without spaces) or part of one. A unit ends where the word of its last character ends.
+    """
+    ends: list[int] = []  # characters up to and with each word
+    position = 0
+    for word in final.words:
+        position += len("".join(word.text.split()))
+        ends.append(position)
+    result: list[tuple[int, int]] = []
+    position = 0
+    for place, unit in enumerate(split_units(final.text)):
+        position += len("".join(unit.split()))
+        index = bisect_left(ends, position)
+        if index < len(ends) and units[place]:
+            result.append((place, final.words[index].end_ms))
+    return result
+
+
+def _nearest_rank(ordered: Sequence[float], percent: int) -> float | None:
+    return ordered[math.ceil(len(ordered) * percent / 100) - 1] if ordered else None
