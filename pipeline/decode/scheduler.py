@@ -1,0 +1,312 @@
+"""Which work runs in the decoder's next step: schedule, run, account.
+
+Plain Python, no torch, no clock: time is counted in steps. A piece of work is one snapshot (or, later, one summary or
+scene) that holds one slot of key/value memory from its admission to its end. What it feeds is told in numbers of tokens:
+the prompt and draft at first, usually one token a step afterwards; which tokens these are is the caller's affair.
+
+The verbs and their order follow nano-vllm and vLLM v1 (`schedule`, `execute_model`, `update_from_output`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
+from enum import IntEnum, StrEnum
+from typing import Generic, TypeVar
+
+from pydantic import Field
+
+from pipeline.params import Params
+
+IdT = TypeVar("IdT", bound=Hashable)
+
+
+class Priority(IntEnum):
+    """What goes first; a smaller number is served before a larger one."""
+
+    FINAL = 0
+    PARTIAL = 1
+    TRANSLATION = 2
+    SCENE = 3
+    SUMMARY = 4
+
+
+class SchedulerParams(Params):
+    """Bounds of the decoder's queue and of one step."""
+
+    num_slots: int = Field(default=8, ge=1, le=512, description="snapshots decoded at once, each in its own KV slot")
+    tokens_per_step: int = Field(default=512, ge=8, le=65_536, description="tokens of one forward pass, at most")
+    max_waiting: int = Field(default=256, ge=1, le=65_536, description="snapshots that may wait for a slot")
+    ageing_steps: int = Field(
+        default=64, ge=1, le=100_000, description="steps without service that raise a priority by one, never to final"
+    )
+
+
+class EndReason(StrEnum):
+    """How a piece of work ended."""
+
+    FINISHED = "finished"
+    FAILED = "failed"
+    SUPERSEDED = "superseded"  # a newer revision of the same lineage arrived
+    CANCELLED = "cancelled"
+    REFUSED = "refused"  # the waiting queue was full
+
+
+@dataclass(frozen=True, slots=True)
+class Work(Generic[IdT]):
+    """One snapshot's decoding as the scheduler sees it.
+
+    `num_tokens` are to be fed first (prompt and draft). `num_context_tokens` is what its context costs, in tokens' worth of
+    arithmetic; it is spent with the first piece and cannot be split. Work of one `lineage` (an utterance) is ordered by
+    `revision`: a newer one supersedes older partials.
+    """
+
+    id: IdT
+    priority: Priority
+    num_tokens: int
+    num_context_tokens: int = 0
+    lineage: Hashable | None = None
+    revision: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Piece(Generic[IdT]):
+    """What one piece of work does in one step: feed up to `num_tokens` in `slot`; `opens_slot` the first time."""
+
+    id: IdT
+    slot: int
+    num_tokens: int
+    opens_slot: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Ended(Generic[IdT]):
+    """Work that ended outside of `account`. `slot` is the slot it held, None if it was waiting."""
+
+    id: IdT
+    reason: EndReason
+    slot: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Step(Generic[IdT]):
+    """One step: first release what `ended` and was `preempted` (these start again later), then run the `pieces`."""
+
+    ended: tuple[Ended[IdT], ...]
+    preempted: tuple[IdT, ...]
+    pieces: tuple[Piece[IdT], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Account of a piece that goes on: tokens to feed next, and those to feed if it has to start again from nothing.
+
+    `priority` is that of what comes next: a final's translation is no longer a final.
+    """
+
+    num_tokens: int
+    num_resume_tokens: int
+    priority: Priority
+
+
+class _Entry(Generic[IdT]):
+    """Work in the scheduler. `slot` None: it waits."""
+
+    __slots__ = (
+        "arrival",
+        "has_context",
+        "num_resume_tokens",
+        "num_tokens",
+        "priority",
+        "served_step",
+        "slot",
+        "work",
+    )
+
+    def __init__(self, work: Work[IdT], arrival: int, step: int) -> None:
+        self.work = work
+        self.arrival = arrival
+        self.priority = work.priority
+        self.num_tokens = work.num_tokens
+        self.num_resume_tokens = work.num_tokens
+        self.served_step = step
+        self.slot: int | None = None
+        self.has_context = False
+
+
+class Scheduler(Generic[IdT]):
+    """Admits work to slots and packs steps. Not thread-safe; one owner calls `schedule` and `account` in turn.
+
+    Rules:
+      - Order: priority, then arrival. Every `ageing_steps` steps without service raise work by one class, up to that of
+        partials, never to that of finals.
+      - A final that finds no free slot takes that of the lowest work below final, which starts again later.
+      - Work that a full queue cannot take is refused: the newcomer, or, for a final, the last waiting below final.
+      - Partials that a newer revision of their lineage has overtaken end at once, wherever they are.
+    """
+
+    def __init__(self, params: SchedulerParams) -> None:
+        self._params = params
+        self._entries: dict[IdT, _Entry[IdT]] = {}
+        self._lineages: dict[Hashable, list[_Entry[IdT]]] = {}
+        self._free_slots = list(range(params.num_slots - 1, -1, -1))
+        self._ended: list[Ended[IdT]] = []
+        self._in_step: dict[IdT, Piece[IdT]] = {}
+        self._num_arrived = 0
+        self._num_steps = 0
+
+    @property
+    def num_waiting(self) -> int:
+        """Work without a slot."""
+        return sum(entry.slot is None for entry in self._entries.values())
+
+    @property
+    def num_running(self) -> int:
+        """Work that holds a slot."""
+        return self._params.num_slots - len(self._free_slots)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would do or report anything."""
+        return bool(self._entries or self._ended)
+
+    def submit(self, work: Work[IdT]) -> None:
+        """Queue `work`; what must give way to it is reported by the next `schedule`.
+
+        Raises:
+            ValueError: if its id is already queued or it has no token to feed.
+        """
+        if work.id in self._entries:
+            raise ValueError(f"work {work.id!r} is already queued")
+        if work.num_tokens < 1 or work.num_context_tokens < 0:
+            raise ValueError(f"work {work.id!r} must feed at least one token, got {work.num_tokens}")
+        self._check_between_steps()
+        if self._supersede(work) or not self._make_room(work):
+            return
+        self._num_arrived += 1
+        entry = _Entry(work, self._num_arrived, self._num_steps)
+        self._entries[work.id] = entry
+        if work.lineage is not None:
+            self._lineages.setdefault(work.lineage, []).append(entry)
+
+    def cancel(self, work_id: IdT) -> bool:
+        """End the work with id `work_id` and return True; return False if there is none."""
+        self._check_between_steps()
+        entry = self._entries.get(work_id)
+        if entry is None:
+            return False
+        self._end(entry, EndReason.CANCELLED)
+        return True
+
+    def schedule(self) -> Step[IdT]:
+        """Return the next step. Its pieces must be accounted for before the next call."""
+        self._check_between_steps()
+        self._num_steps += 1
+        preempted = self._admit()
+        pieces = self._pack()
+        self._in_step = {piece.id: piece for piece in pieces}
+        ended, self._ended = tuple(self._ended), []
+        return Step(ended, preempted, pieces)
+
+    def account(self, reports: Mapping[IdT, Progress | EndReason]) -> None:
+        """Take what became of every piece of the last step: how it goes on, or how it ended.
+
+        Raises:
+            ValueError: if the reports are not one for each piece.
+        """
+        if reports.keys() != self._in_step.keys():
+            raise ValueError(f"{len(reports)} reports do not match the {len(self._in_step)} pieces of the step")
+        self._in_step = {}
+        for work_id, report in reports.items():
+            entry = self._entries[work_id]
+            if isinstance(report, Progress):
+                entry.num_tokens = report.num_tokens
+                entry.num_resume_tokens = report.num_resume_tokens
+                entry.priority = report.priority
+            else:
+                self._remove(entry)
+
+    def _check_between_steps(self) -> None:
+        if self._in_step:
+            raise RuntimeError(f"{len(self._in_step)} pieces of the last step are not accounted for")
+
+    def _supersede(self, work: Work[IdT]) -> bool:
+        """End the partials that `work` overtakes; return whether it is itself overtaken."""
+        if work.lineage is None:
+            return False
+        rivals = list(self._lineages.get(work.lineage, ()))
+        for rival in rivals:
+            if rival.work.priority is Priority.PARTIAL and rival.work.revision < work.revision:
+                self._end(rival, EndReason.SUPERSEDED)
+        if work.priority is Priority.PARTIAL and any(rival.work.revision > work.revision for rival in rivals):
+            self._ended.append(Ended(work.id, EndReason.SUPERSEDED, None))
+            return True
+        return False
+
+    def _make_room(self, work: Work[IdT]) -> bool:
+        waiting = [entry for entry in self._entries.values() if entry.slot is None]
+        if len(waiting) < self._params.max_waiting + len(self._free_slots):
+            return True
+        if work.priority is Priority.FINAL:
+            last = max(waiting, key=self._order)
+            if last.priority is not Priority.FINAL:
+                self._end(last, EndReason.REFUSED)
+                return True
+        self._ended.append(Ended(work.id, EndReason.REFUSED, None))
+        return False
+
+    def _order(self, entry: _Entry[IdT]) -> tuple[int, int]:
+        if entry.priority is Priority.FINAL:
+            return (Priority.FINAL, entry.arrival)
+        raised = (self._num_steps - entry.served_step) // self._params.ageing_steps
+        return (max(Priority.PARTIAL, entry.priority - raised), entry.arrival)
+
+    def _admit(self) -> tuple[IdT, ...]:
+        preempted = []
+        for entry in sorted((e for e in self._entries.values() if e.slot is None), key=self._order):
+            if not self._free_slots:
+                victim = self._victim() if entry.priority is Priority.FINAL else None
+                if victim is None:
+                    break
+                self._release(victim)
+                victim.num_tokens = victim.num_resume_tokens
+                preempted.append(victim.work.id)
+            entry.slot = self._free_slots.pop()
+        return tuple(preempted)
+
+    def _victim(self) -> _Entry[IdT] | None:
+        below = [e for e in self._entries.values() if e.slot is not None and e.priority is not Priority.FINAL]
+        return max(below, key=lambda entry: (entry.priority, entry.arrival), default=None)
+
+    def _pack(self) -> tuple[Piece[IdT], ...]:
+        left = self._params.tokens_per_step
+        pieces: list[Piece[IdT]] = []
+        for entry in sorted((e for e in self._entries.values() if e.slot is not None), key=self._order):
+            context = 0 if entry.has_context else entry.work.num_context_tokens
+            # A context larger than a whole step runs in a step of its own, with one token.
+            num_tokens = min(entry.num_tokens, max(left - context, 0 if pieces else 1))
+            if num_tokens < 1 or entry.slot is None:
+                continue
+            pieces.append(Piece(entry.work.id, entry.slot, num_tokens, opens_slot=not entry.has_context))
+            left -= context + num_tokens
+            entry.has_context = True
+            entry.served_step = self._num_steps
+        return tuple(pieces)
+
+    def _end(self, entry: _Entry[IdT], reason: EndReason) -> None:
+        self._ended.append(Ended(entry.work.id, reason, entry.slot if entry.has_context else None))
+        self._remove(entry)
+
+    def _remove(self, entry: _Entry[IdT]) -> None:
+        self._release(entry)
+        del self._entries[entry.work.id]
+        lineage = entry.work.lineage
+        if lineage is not None:
+            self._lineages[lineage].remove(entry)
+            if not self._lineages[lineage]:
+                del self._lineages[lineage]
+
+    def _release(self, entry: _Entry[IdT]) -> None:
+        if entry.slot is not None:
+            self._free_slots.append(entry.slot)
+            entry.slot, entry.has_context = None, False
