@@ -61,8 +61,8 @@ class EmbeddedRedis:
     the server lives.
 
     Raises:
-        StoreError: from `ensure_running`, about `start_timeout_ms` after the call at the latest, when the server cannot be
-            started or does not answer.
+        StoreError: from `ensure_running`, about `start_timeout_ms` after the call at the latest, when the server
+            cannot be started or does not answer.
     """
 
     def __init__(self, data_dir: Path, *, maxmemory_mb: int = 512, start_timeout_ms: int = 4_000) -> None:
