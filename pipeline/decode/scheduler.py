@@ -1,8 +1,8 @@
 """Which work runs in the decoder's next step: schedule, run, account.
 
 Plain Python, no torch, no clock: time is counted in steps. A piece of work is one snapshot (or, later, one summary or
-scene) that holds one slot of key/value memory from its admission to its end. What it feeds is told in numbers of tokens:
-the prompt and draft at first, usually one token a step afterwards; which tokens these are is the caller's affair.
+scene) that holds one slot of key/value memory from its admission to its end. What it feeds is told in numbers of
+tokens: the prompt and draft at first, usually one token a step afterwards; which they are is the caller's affair.
 
 The verbs and their order follow nano-vllm and vLLM v1 (`schedule`, `execute_model`, `update_from_output`).
 """
@@ -56,9 +56,9 @@ class EndReason(StrEnum):
 class Work(Generic[IdT]):
     """One snapshot's decoding as the scheduler sees it.
 
-    `num_tokens` are to be fed first (prompt and draft). `num_context_tokens` is what its context costs, in tokens' worth of
-    arithmetic; it is spent with the first piece and cannot be split. Work of one `lineage` (an utterance) is ordered by
-    `revision`: a newer one supersedes older partials.
+    `num_tokens` are to be fed first (prompt and draft). `num_context_tokens` is what its context costs, in tokens'
+    worth of arithmetic; it is spent with the first piece and cannot be split. Work of one `lineage` (an utterance) is
+    ordered by `revision`: a newer one supersedes older partials.
     """
 
     id: IdT
@@ -81,7 +81,7 @@ class Piece(Generic[IdT]):
 
 @dataclass(frozen=True, slots=True)
 class Ended(Generic[IdT]):
-    """Work that ended outside of `account`. `slot` is the slot it held, None if it was waiting."""
+    """Work that ended outside of `account`. `slot` is the slot it had opened, if any."""
 
     id: IdT
     reason: EndReason

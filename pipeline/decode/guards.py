@@ -1,0 +1,124 @@
+"""Guards against what a speech decoder invents: loops, text on silence, and more tokens than anybody can speak.
+
+Plain Python over tokens, text and probabilities; no word lists. Thresholds of the compression ratio and of silence are those of
+OpenAI's `whisper/transcribe.py`. There, a loop is decoded to its end and then tried again at a higher temperature; here it
+is noticed while it is decoded, and cut.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+
+from pydantic import Field
+
+from pipeline.params import Params
+from pipeline.timebase import SAMPLE_RATE_HZ
+
+LOOP = "loop"
+"""An n-gram of tokens came again and again; the text ends after its first occurrence."""
+COMPRESSION = "compression_ratio"
+"""The text compresses like no speech does; it ends where it began to repeat itself."""
+SILENCE = "silence"
+"""The model itself says that nobody speaks; there is no text."""
+TOKEN_CAP = "token_cap"  # noqa: S105 - the name of a guard, not a secret
+"""More tokens than speech of that length can have; the text ends at the cap."""
+
+
+class GuardParams(Params):
+    """When a hypothesis is not believed."""
+
+    min_loop_repeats: int = Field(
+        default=4, ge=2, le=64, description="consecutive occurrences of the same tokens that make a loop"
+    )
+    min_loop_tokens: int = Field(
+        default=12, ge=2, le=448, description="tokens that all occurrences together must have to make a loop"
+    )
+    max_loop_period_tokens: int = Field(
+        default=32, ge=1, le=224, description="length of the longest run of tokens whose repetition is looked for"
+    )
+    compression_ratio_threshold: float = Field(
+        default=2.4, gt=1.0, le=100.0, description="zlib ratio above which a text repeats itself"
+    )
+    kept_compression_ratio: float = Field(
+        default=1.5, gt=1.0, le=100.0, description="a repetitive text is cut to its longest start below this ratio"
+    )
+    min_compression_chars: int = Field(
+        default=80, ge=1, le=10_000, description="shorter texts are not judged by their compression ratio"
+    )
+    no_speech_threshold: float = Field(
+        default=0.6, ge=0.0, le=1.0, description="probability of no speech above which an unsure text is dropped"
+    )
+    logprob_threshold: float = Field(
+        default=-1.0, le=0.0, description="average log-probability below which a text is unsure"
+    )
+    certain_no_speech_threshold: float = Field(
+        default=0.9, ge=0.0, le=1.0, description="probability of no speech above which only a sure text is kept"
+    )
+    certain_logprob_threshold: float = Field(
+        default=-0.6, le=0.0, description="average log-probability below which a text is not sure"
+    )
+    max_tokens_per_s: float = Field(
+        default=24.0, gt=0.0, le=1_000.0, description="text tokens a second of audio, at most"
+    )
+    min_token_cap: int = Field(default=16, ge=1, le=448, description="text tokens allowed whatever the length of audio")
+
+
+class LoopDetector:
+    """Finds the n-gram that a growing sequence of tokens repeats at its end. Costs one comparison per period and token."""
+
+    def __init__(self, params: GuardParams) -> None:
+        self._params = params
+        self._tokens: list[int] = []
+        # [p]: how many of the last tokens each equal the one p places before them.
+        self._num_matching = [0] * (params.max_loop_period_tokens + 1)
+
+    def push(self, token: int) -> int | None:
+        """Add `token`; if a loop is now complete, return how many tokens to keep (up to its first occurrence's end)."""
+        tokens, matching = self._tokens, self._num_matching
+        tokens.append(token)
+        for period in range(1, min(len(tokens), len(matching))):
+            if token != tokens[-1 - period]:
+                matching[period] = 0
+                continue
+            matching[period] += 1
+            num_tokens = matching[period] + period
+            if num_tokens >= max(self._params.min_loop_repeats * period, self._params.min_loop_tokens):
+                return len(tokens) - matching[period]
+        return None
+
+
+def compression_ratio(text: str) -> float:
+    """Return how many times shorter zlib makes `text`.
+
+    Characters are numbered first, one byte each, so that scripts of several bytes a character do not seem repetitive.
+    """
+    if not text:
+        return 0.0
+    alphabet = {character: index % 256 for index, character in enumerate(sorted(set(text)))}
+    raw = bytes(alphabet[character] for character in text)
+    return len(raw) / len(zlib.compress(raw))
+
+
+def is_repetitive(text: str, params: GuardParams) -> bool:
+    """Whether `text` is long enough to be judged and compresses too well for speech."""
+    return len(text) >= params.min_compression_chars and compression_ratio(text) > params.compression_ratio_threshold
+
+
+def num_tokens_before_repetition(texts: Sequence[str], params: GuardParams) -> int:
+    """Return how many of the first tokens of a repetitive text to keep; `texts[i]` is the text of the first i + 1 tokens."""
+    kept = (i + 1 for i, text in enumerate(texts) if compression_ratio(text) <= params.kept_compression_ratio)
+    return max(kept, default=0)
+
+
+def is_silence(no_speech_probability: float, average_logprob: float, params: GuardParams) -> bool:
+    """Whether a hypothesis is text on silence: the model hears no speech, and is not sure of what it wrote."""
+    return (no_speech_probability > params.no_speech_threshold and average_logprob < params.logprob_threshold) or (
+        no_speech_probability > params.certain_no_speech_threshold
+        and average_logprob < params.certain_logprob_threshold
+    )
+
+
+def token_cap(num_audio_samples: int, params: GuardParams) -> int:
+    """Return how many text tokens `num_audio_samples` of 16 kHz audio may give."""
+    return max(params.min_token_cap, round(num_audio_samples / SAMPLE_RATE_HZ * params.max_tokens_per_s))
