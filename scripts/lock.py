@@ -1,0 +1,56 @@
+"""Write requirements.lock: every library but torch, transitively, with the hashes that PyPI publishes.
+
+    make lock                    # or: python scripts/lock.py, with pip-tools importable
+
+torch is left out on purpose. One version of it exists as different files (PyPI's wheel brings CUDA, the index
+download.pytorch.org/whl/cpu and some machines' own wheel folders hold a CPU one), so that no single list of hashes fits. It is
+pinned by version in pyproject.toml and installed behind the lock (Makefile); its plain Python dependencies are locked here.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+LOCK = ROOT / "requirements.lock"
+APART = "torch=="
+TORCH_NEEDS = ("filelock", "fsspec", "jinja2", "networkx", "setuptools", "sympy", "typing-extensions")
+HEADER = """\
+# Made by `make lock` (scripts/lock.py) with Python {python}. Do not edit.
+# Everything but torch, which is pinned in pyproject.toml: docs/dependencies.md says why.
+#
+"""
+
+
+def requirements() -> list[str]:
+    """Return what pyproject.toml asks for (with the dev extra), torch replaced by what it needs."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
+    return sorted([line for line in wanted if not line.startswith(APART)] + list(TORCH_NEEDS), key=str.lower)
+
+
+def main() -> None:
+    """Resolve against PyPI alone, so that the hashes hold on every machine, and write the lock file."""
+    environment = {name: value for name, value in os.environ.items() if name not in {"PIP_FIND_LINKS", "PIP_EXTRA_INDEX_URL"}}
+    environment |= {"PIP_CONFIG_FILE": os.devnull, "CUSTOM_COMPILE_COMMAND": "make lock"}
+    with tempfile.TemporaryDirectory() as folder:
+        source, compiled = Path(folder, "requirements.in"), Path(folder, "requirements.txt")
+        source.write_text("\n".join(requirements()) + "\n")
+        command = [sys.executable, "-m", "piptools", "compile", "--generate-hashes", "--allow-unsafe", "--strip-extras"]
+        command += ["--no-header", "--no-annotate", "--no-emit-options", "--quiet"]
+        command += ["--resolver=backtracking", f"--output-file={compiled}", str(source)]
+        if LOCK.exists() and "--upgrade" not in sys.argv:
+            compiled.write_text(LOCK.read_text())
+        subprocess.run(command, env=environment, check=True)
+        body = "\n".join(line for line in compiled.read_text().splitlines() if not line.startswith("#"))
+    LOCK.write_text(HEADER.format(python=f"{sys.version_info.major}.{sys.version_info.minor}") + body.strip() + "\n")
+    print(f"wrote {LOCK.relative_to(ROOT)}: {body.count('==')} packages")
+
+
+if __name__ == "__main__":
+    main()
