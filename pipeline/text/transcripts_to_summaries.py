@@ -1,10 +1,7 @@
 """Finals in, extractive summaries out: a rolling one every few minutes of media time and a closing one.
 
-A summary is made of the stream's own sentences, in the order in which they were said. sumy's Reduction chooses them:
-the sentences that share most words with the others, in the graph of TextRank (Mihalcea and Tarau, "TextRank: Bringing
-Order into Texts", EMNLP 2004) ranked by weighted degree. sumy's own TextRank gives every sentence an edge to itself, so
-that "good morning" outranks what a meeting is about; its LexRank divides by a zero norm when no two sentences share
-a word, and adds floats in the order of hashed sets, so that two processes may choose differently.
+A summary is made of the stream's own sentences, in the order in which they were said; `pipeline.text.ranking` chooses
+them.
 """
 
 from __future__ import annotations
@@ -12,13 +9,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Literal
 
 from pydantic import Field, model_validator
-from sumy.models.dom import ObjectDocumentModel, Paragraph, Sentence
-from sumy.summarizers.reduction import ReductionSummarizer
-from sumy.utils import get_stop_words
 
 from pipeline.params import Params
 from pipeline.records import FinalRecord, SummaryRecord
@@ -114,6 +107,10 @@ class TranscriptsToSummaries:
     """
 
     def __init__(self, params: SummaryParams, stream_id: str, tier: Literal["edge", "phi4"]) -> None:
+        # Here, so that only streams that ask for summaries pay the half second, and before they are live.
+        from pipeline.text.ranking import choose_central  # noqa: PLC0415
+
+        self._choose_central = choose_central
         self._params = params
         self._stream_id = stream_id
         self._tier: Literal["edge", "phi4"] = tier
@@ -143,11 +140,11 @@ class TranscriptsToSummaries:
         self._close_unfinished()
         if not self._open:
             return []
-        chosen = rank_sentences(self._open, self._params.num_sentences)
+        chosen = self._choose(self._open, self._params.num_sentences)
         record = self._record("rolling", chosen, self._since_rolling)
         self._kept += chosen
         if len(self._kept) > self._params.max_sentences_kept:
-            self._kept = rank_sentences(self._kept, max(1, self._params.max_sentences_kept // 2))
+            self._kept = self._choose(self._kept, max(1, self._params.max_sentences_kept // 2))
         self._open = []
         self._since_rolling = None
         return [record]
@@ -162,7 +159,7 @@ class TranscriptsToSummaries:
         self._kept, self._open = [], []
         if not candidates or self._since_start is None:
             return []
-        chosen = rank_sentences(candidates, self._params.num_closing_sentences)
+        chosen = self._choose(candidates, self._params.num_closing_sentences)
         return [self._record("closing", chosen, self._since_start)]
 
     def _take_sentences(self, final: FinalRecord) -> None:
@@ -185,12 +182,16 @@ class TranscriptsToSummaries:
         if sentences and not ends_sentence(piece.text):
             self._unfinished[final.channel] = self._open.pop()
         if len(self._open) > self._params.max_sentences_open:
-            self._open = rank_sentences(self._open, self._params.max_sentences_open // 2)
+            self._open = self._choose(self._open, self._params.max_sentences_open // 2)
 
     def _close_unfinished(self) -> None:
         self._open += self._unfinished.values()
         self._open.sort(key=lambda sentence: sentence.order)
         self._unfinished.clear()
+
+    def _choose(self, sentences: Sequence[_Sentence], count: int) -> list[_Sentence]:
+        texts = [sentence.text for sentence in sentences]
+        return [sentences[index] for index in self._choose_central(texts, count, _main_language(sentences))]
 
     def _record(
         self, scope: Literal["rolling", "closing"], chosen: Sequence[_Sentence], coverage: _Coverage
@@ -208,47 +209,9 @@ class TranscriptsToSummaries:
         )
 
 
-class _UnicodeWords:
-    """What sumy asks of a tokenizer, without NLTK's data files."""
-
-    def to_words(self, text: str) -> tuple[str, ...]:
-        return words_of(text)
-
-
-def rank_sentences(sentences: Sequence[_Sentence], count: int) -> list[_Sentence]:
-    """Return the `count` most central of `sentences`, in the order given; of sentences with the same words, the first.
-
-    Ties go to the earlier sentence.
-    """
-    distinct: dict[tuple[str, ...], _Sentence] = {}
-    for sentence in sentences:
-        distinct.setdefault(words_of(sentence.text), sentence)
-    candidates = list(distinct.values())
-    if len(candidates) <= count:
-        return candidates
-    tokenizer = _UnicodeWords()
-    # Keyed by sumy's sentence, whose equality is that of the text: texts differ here, since their words do.
-    by_text = {Sentence(candidate.text, tokenizer): candidate for candidate in candidates}
-    summarizer = ReductionSummarizer()
-    summarizer.stop_words = _stop_words(_main_language(candidates))
-    chosen = summarizer(ObjectDocumentModel([Paragraph(by_text)]), count)
-    return [by_text[sentence] for sentence in chosen]
-
-
 def _main_language(sentences: Iterable[_Sentence]) -> str:
     """Return the language that most characters are in; the first one on a tie."""
     counts: Counter[str] = Counter()
     for sentence in sentences:
         counts[sentence.language] += len(sentence.text)
     return counts.most_common(1)[0][0]
-
-
-@lru_cache(maxsize=16)
-def _stop_words(language: str) -> frozenset[str]:
-    """Return the words of `language` that say nothing of a sentence's subject; empty where sumy ships no list."""
-    if not (language.isascii() and language.isalpha()):
-        return frozenset()
-    try:
-        return frozenset(get_stop_words(language))
-    except LookupError:
-        return frozenset()
