@@ -1,0 +1,71 @@
+"""How much sound the encoder looks at, and what that costs: policy in plain Python, without torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pydantic import Field, model_validator
+
+from pipeline.params import Params
+from pipeline.timebase import ms_to_samples
+
+
+class EncoderParams(Params):
+    """The window that the encoder gets for an utterance: its samples and some silence, instead of a padded 30 s."""
+
+    silence_ms: int = Field(
+        default=2_000, ge=0, le=10_000, description="least silence behind the utterance; with less, text is lost"
+    )
+    window_step_ms: int = Field(
+        default=1_000, ge=40, le=10_000, multiple_of=20, description="a window is rounded up to a multiple of this"
+    )
+    max_window_ms: int = Field(
+        default=30_000, ge=1_000, le=30_000, multiple_of=20, description="the longest window that the model takes"
+    )
+
+    @model_validator(mode="after")
+    def _has_room_for_speech(self) -> EncoderParams:
+        if self.silence_ms + self.window_step_ms > self.max_window_ms:
+            raise ValueError(
+                f"silence_ms {self.silence_ms} and window_step_ms {self.window_step_ms} leave no room for speech in "
+                f"max_window_ms {self.max_window_ms}"
+            )
+        return self
+
+    def window_samples(self, num_samples: int) -> int:
+        """Return the window's length for an utterance of `num_samples`.
+
+        Near the limit the silence gets shorter instead of the utterance.
+
+        Raises:
+            ValueError: if there are no samples, or more than the longest window holds.
+        """
+        longest = ms_to_samples(self.max_window_ms)
+        if not 1 <= num_samples <= longest:
+            raise ValueError(
+                f"an utterance of {num_samples} samples cannot be encoded; the window takes 1 to {longest}"
+            )
+        step = ms_to_samples(self.window_step_ms)
+        wanted = num_samples + ms_to_samples(self.silence_ms)
+        return min(longest, -(-wanted // step) * step)
+
+
+@dataclass(frozen=True, slots=True)
+class EncoderCost:
+    """What an encoder call takes on one machine: a model of its operations, scaled by a measurement.
+
+    It travels to the dispatcher, which keeps a call short with it; it decides nothing about results.
+    """
+
+    params: EncoderParams
+    ms_per_window: float  # what a window costs whatever its length
+    ms_per_second: float  # linear layers, convolutions, front end
+    ms_per_second_squared: float  # attention
+
+    def estimate_ms(self, num_samples: int) -> float:
+        """Return the expected milliseconds for an utterance of `num_samples`; 0 if it cannot be encoded at all."""
+        try:
+            seconds = self.params.window_samples(num_samples) / ms_to_samples(1_000)
+        except ValueError:
+            return 0.0
+        return self.ms_per_window + seconds * (self.ms_per_second + seconds * self.ms_per_second_squared)
