@@ -1,0 +1,292 @@
+"""The Decoder stage, shared by all streams: embeddings in, outcomes out as they are ready.
+
+A plain class; `actors/app.py` makes a Serve deployment of it. One thread owns the engine and steps it; requests reach
+it through a bounded queue, outcomes leave it through the event loop of whoever asked. This module imports no torch, so
+that processes that only deploy the stage do not pay for it (3 s).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import threading
+import time
+from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from actors.threads import choose_num_threads
+from pipeline.errors import StageUnavailable
+from pipeline.items import DecodeRequest, Embeddings, Failure, FailureKind, Outcome, SnapshotKey, Task
+from pipeline.models.weights import ModelParams
+
+if TYPE_CHECKING:
+    from pipeline.decode.embeddings_to_hypotheses import DecodeEngine, DecoderParams
+
+logger = logging.getLogger(__name__)
+
+MAX_REQUESTS = 128
+"""Requests that may be with the engine; further ones wait in their calls."""
+
+_MAX_STEP_S = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderInfo:
+    """What a decoder replica is."""
+
+    tier: str
+    model: str
+    partial_dtype: str
+    final_dtype: str
+    num_threads: int
+    languages: tuple[str, ...]
+    translates_to: tuple[str, ...]
+
+
+@dataclass(slots=True)
+class _Reply:
+    """Where the outcomes of one call go. Touched on its event loop only."""
+
+    loop: asyncio.AbstractEventLoop
+    outcomes: asyncio.Queue[Outcome]
+    open_tasks: dict[SnapshotKey, set[Task]] = field(default_factory=dict)
+
+    def take_note(self, outcome: Outcome) -> bool:
+        """Return whether `outcome` is still expected, and expect it no more."""
+        tasks = self.open_tasks.get(outcome.key)
+        if tasks is None or (outcome.task is not None and outcome.task not in tasks):
+            return False
+        if outcome.task is not None:
+            tasks.discard(outcome.task)
+        if outcome.task is None or not tasks:
+            del self.open_tasks[outcome.key]
+        return True
+
+
+@dataclass(frozen=True, slots=True)
+class _Submit:
+    request: DecodeRequest
+    embeddings: Embeddings
+    reply: _Reply
+
+
+@dataclass(slots=True)
+class _Undecided:
+    """A request that the engine holds. Touched in the engine's thread only."""
+
+    reply: _Reply
+    num_open_tasks: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Cancel:
+    key: SnapshotKey
+    reply: _Reply
+
+
+_Command = _Submit | _Cancel | None  # None: end
+
+
+class Decoder:
+    """Holds the engine and the one thread that steps it."""
+
+    def __init__(self, model: ModelParams, params: DecoderParams) -> None:
+        """Load the weights (this blocks for seconds).
+
+        Raises:
+            WeightsHashError: if a weight file is not the pinned one.
+            ModelError: if the model cannot be loaded.
+        """
+        self._inbox: queue.Queue[_Command] = queue.Queue(maxsize=4 * MAX_REQUESTS)
+        self._room = asyncio.Semaphore(MAX_REQUESTS)
+        self._broken: str | None = None
+        self._stepping_since: float | None = None
+        self._is_closed = False
+        loaded: Future[DecoderInfo] = Future()
+        self._thread = threading.Thread(
+            target=self._run, args=(lambda: _load(model, params), loaded), name="decoder-step", daemon=True
+        )
+        self._thread.start()
+        self._info = loaded.result()
+
+    async def decode(
+        self, encoded: list[Embeddings | Failure], requests: list[DecodeRequest]
+    ) -> AsyncGenerator[Outcome, None]:
+        """Yield the outcomes of `requests` as they are ready, one for each task.
+
+        `encoded` holds the embeddings of each request at the same place; a failure there is passed on. What is still
+        undecided when the caller goes away is cancelled.
+
+        Raises:
+            ValueError: if `encoded` and `requests` do not belong together.
+        """
+        if [item.key for item in encoded] != [request.key for request in requests]:
+            raise ValueError(f"{len(encoded)} embeddings do not belong to {len(requests)} requests")
+        num_outcomes = sum(len(request.tasks) + 1 for request in requests)
+        reply = _Reply(asyncio.get_running_loop(), asyncio.Queue(maxsize=2 * num_outcomes + 1))
+        failures = [item for item in encoded if isinstance(item, Failure)]
+        for failure in failures:
+            yield failure
+        jobs = [
+            (request, item) for request, item in zip(requests, encoded, strict=True) if isinstance(item, Embeddings)
+        ]
+        num_admitted = 0
+        try:
+            for request, embeddings in jobs:
+                await self._room.acquire()
+                num_admitted += 1
+                reply.open_tasks[request.key] = set(request.tasks)
+                self._submit(_Submit(request, embeddings, reply))
+            while reply.open_tasks:
+                outcome = await reply.outcomes.get()
+                if reply.take_note(outcome):
+                    yield outcome
+        finally:
+            for key in reply.open_tasks:
+                self._put(_Cancel(key, reply))
+            for _ in range(num_admitted):
+                self._room.release()
+
+    def info(self) -> DecoderInfo:
+        """Return what this replica is."""
+        return self._info
+
+    def check_health(self) -> None:
+        """Return when all is well.
+
+        Raises:
+            StageUnavailable: if the engine crashed or hangs. It does not recover: replace the decoder.
+        """
+        if self._broken is not None:
+            raise StageUnavailable(self._broken)
+        since = self._stepping_since
+        if since is not None and time.monotonic() - since > _MAX_STEP_S:
+            raise StageUnavailable(f"one decoder step has taken more than {_MAX_STEP_S:.0f} s")
+
+    async def aclose(self) -> None:
+        """End the thread after its step; what is undecided fails as UNAVAILABLE. Idempotent."""
+        if not self._is_closed:
+            self._is_closed = True
+            await asyncio.to_thread(self._inbox.put, None)
+        await asyncio.to_thread(self._thread.join)
+
+    # -- on the event loop ------------------------------------------------------------------------
+
+    def _submit(self, command: _Submit) -> None:
+        is_sent = not self._is_closed and self._put(command)
+        # Looked at after the put: an engine that crashes in between has emptied its inbox before or sees the command.
+        if self._broken is not None or not is_sent:
+            message = self._broken or "the decoder is closed or far behind"
+            command.reply.outcomes.put_nowait(Failure(command.request.key, None, FailureKind.UNAVAILABLE, message))
+
+    def _put(self, command: _Command) -> bool:
+        try:
+            self._inbox.put_nowait(command)
+        except queue.Full:
+            return False
+        return True
+
+    # -- in the thread ----------------------------------------------------------------------------
+
+    def _run(self, load: Callable[[], tuple[DecodeEngine, DecoderInfo]], loaded: Future[DecoderInfo]) -> None:
+        try:
+            engine, info = load()
+        except BaseException as exc:
+            loaded.set_exception(exc)
+            return
+        loaded.set_result(info)
+        undecided: dict[SnapshotKey, _Undecided] = {}
+        reason = "the decoder was closed"
+        try:
+            self._step_until_closed(engine, undecided)
+        except Exception as exc:
+            logger.exception("the decoder's engine crashed")
+            reason = f"the decoder's engine crashed: {type(exc).__name__}"
+        self._broken = reason
+        self._stepping_since = None
+        self._fail_rest(undecided, reason)
+
+    def _step_until_closed(self, engine: DecodeEngine, undecided: dict[SnapshotKey, _Undecided]) -> None:
+        while True:
+            # Waits for a command only when there is nothing to decode.
+            while not self._inbox.empty() or not engine.has_work:
+                command = self._inbox.get()
+                if command is None:
+                    return
+                _obey(engine, undecided, command)
+            self._stepping_since = time.monotonic()
+            for outcome in engine.step():
+                _settle(undecided, outcome)
+            self._stepping_since = None
+
+    def _fail_rest(self, undecided: dict[SnapshotKey, _Undecided], reason: str) -> None:
+        for key in list(undecided):
+            _settle(undecided, Failure(key, None, FailureKind.UNAVAILABLE, reason))
+        while True:
+            try:
+                command = self._inbox.get_nowait()
+            except queue.Empty:
+                return
+            if isinstance(command, _Submit):
+                _post(command.reply, Failure(command.request.key, None, FailureKind.UNAVAILABLE, reason))
+
+
+def _obey(engine: DecodeEngine, undecided: dict[SnapshotKey, _Undecided], command: _Submit | _Cancel) -> None:
+    if isinstance(command, _Cancel):
+        entry = undecided.get(command.key)
+        if entry is not None and entry.reply is command.reply:
+            engine.cancel(command.key)
+            del undecided[command.key]
+        return
+    key = command.request.key
+    if key in undecided:
+        # Sent again while the first is undecided (its caller ran out of patience): the newer caller gets the answer.
+        engine.cancel(key)
+        _settle(undecided, Failure(key, None, FailureKind.UNAVAILABLE, "the snapshot was sent again"))
+    try:
+        engine.submit(command.request, command.embeddings)
+    except Exception as exc:
+        logger.exception("the engine refused a request")
+        _post(command.reply, Failure(key, None, FailureKind.FAILED, f"refused by the decoder: {type(exc).__name__}"))
+        return
+    undecided[key] = _Undecided(command.reply, len(command.request.tasks))
+
+
+def _settle(undecided: dict[SnapshotKey, _Undecided], outcome: Outcome) -> None:
+    entry = undecided.get(outcome.key)
+    if entry is None:
+        return
+    entry.num_open_tasks -= 1
+    if outcome.task is None or not entry.num_open_tasks:
+        del undecided[outcome.key]
+    _post(entry.reply, outcome)
+
+
+def _post(reply: _Reply, outcome: Outcome) -> None:
+    try:
+        reply.loop.call_soon_threadsafe(reply.outcomes.put_nowait, outcome)
+    except RuntimeError:
+        logger.debug("an outcome came after its event loop had closed")
+
+
+def _load(model: ModelParams, params: DecoderParams) -> tuple[DecodeEngine, DecoderInfo]:
+    # Torch is imported here, in the thread that will use it: see the module's docstring.
+    import torch  # noqa: PLC0415
+    from pipeline.decode.embeddings_to_hypotheses import DecodeEngine  # noqa: PLC0415
+
+    num_threads = choose_num_threads(model.decoder_threads, "decoder")
+    torch.set_num_threads(num_threads)
+    engine = DecodeEngine(model, params)
+    info = DecoderInfo(
+        tier=engine.tier,
+        model=model.name,
+        partial_dtype=engine.partial_dtype,
+        final_dtype=engine.final_dtype,
+        num_threads=num_threads,
+        languages=engine.languages,
+        translates_to=engine.translates_to,
+    )
+    return engine, info

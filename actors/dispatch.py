@@ -1,0 +1,326 @@
+"""Which snapshots go into the next call: the policy, without I/O, threads or a clock.
+
+Snapshots wait here until a call has room for them; what waits goes together, so batches form by themselves exactly when
+there is load. The driver (`actors/stage_driver.py`) tells the time and carries the calls out.
+
+The rules:
+    - finals first, each kind in the order of arrival;
+    - one partial in flight per utterance; a newer one, or the final, replaces one that still waits;
+    - up to `max_work_ms` of predicted work per call, but at least one snapshot;
+    - what is lost with a stage is submitted again one by one, each with nothing else in flight, so that the one that
+      kills stages is found: finals only, within `max_final_wait_ms`; one that was alone `max_kills` times is given up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+
+from pydantic import Field
+
+from pipeline.items import Failure, FailureKind, Outcome, Snapshot, SnapshotKey, Task
+from pipeline.params import Params
+
+
+class DispatchParams(Params):
+    """How snapshots are gathered into calls, and what happens when a stage dies under them."""
+
+    max_work_ms: float = Field(default=250.0, gt=0, le=10_000, description="predicted encoder work of one call")
+    max_calls_per_replica: int = Field(default=2, ge=1, le=16, description="calls in flight to one encoder replica")
+    max_waiting_snapshots: int = Field(
+        default=256, ge=1, le=100_000, description="snapshots that wait for a call; further finals wait outside"
+    )
+    max_in_flight_snapshots: int = Field(
+        default=64, ge=1, le=10_000, description="snapshots sent and not answered yet; bounds memory for embeddings"
+    )
+    max_partial_wait_ms: float = Field(
+        default=5_000.0, gt=0, le=600_000, description="a partial that no stage took for so long is dropped"
+    )
+    max_final_wait_ms: float = Field(
+        default=120_000.0, gt=0, le=3_600_000, description="a final that was not answered for so long is given up"
+    )
+    max_kills: int = Field(default=2, ge=1, le=10, description="stages a snapshot may kill, alone in flight")
+    call_timeout_ms: float = Field(
+        default=30_000.0, gt=0, le=600_000, description="a call that shows no progress for so long counts as lost"
+    )
+
+
+UtteranceKey = tuple[str, int]
+
+
+@dataclass(slots=True)
+class _Entry:
+    snapshot: Snapshot  # its tasks are those still open
+    order: int
+    submitted_ms: float
+    num_kills: int = 0
+    is_suspect: bool = False  # was in flight when a stage died
+    was_alone: bool = True  # nothing else was in flight during its latest call
+    is_abandoned: bool = False  # nobody waits for its outcomes any more
+
+
+class DispatchQueue:
+    """Snapshots that wait and snapshots that are in flight. Not thread-safe; the driver owns it."""
+
+    def __init__(self, params: DispatchParams, predict_ms: Callable[[int], float]) -> None:
+        """`predict_ms` gives the expected encoder work for a number of samples, in milliseconds."""
+        self._params = params
+        self._predict_ms = predict_ms
+        self._num_added = 0
+        self._finals: dict[SnapshotKey, _Entry] = {}
+        self._suspects: dict[SnapshotKey, _Entry] = {}
+        self._partials: dict[UtteranceKey, _Entry] = {}
+        self._in_flight: dict[SnapshotKey, _Entry] = {}
+        self._partials_in_flight: set[UtteranceKey] = set()
+
+    @property
+    def num_waiting(self) -> int:
+        """Snapshots that wait for a call."""
+        return len(self._finals) + len(self._suspects) + len(self._partials)
+
+    @property
+    def num_in_flight(self) -> int:
+        """Snapshots sent and not answered yet."""
+        return len(self._in_flight)
+
+    def has_room(self) -> bool:
+        """Whether another snapshot may wait."""
+        return self.num_waiting < self._params.max_waiting_snapshots
+
+    def is_in_flight(self, key: SnapshotKey) -> bool:
+        """Whether `key` was sent and has open tasks."""
+        return key in self._in_flight
+
+    def add(self, snapshot: Snapshot, now_ms: float) -> list[Failure]:
+        """Let `snapshot` wait; return the failures of the snapshots (perhaps itself) that this overtakes.
+
+        A partial for which there is no room fails at once (UNAVAILABLE): the next one is seconds away. The caller lets
+        finals wait outside until `has_room`.
+
+        Raises:
+            ValueError: if a snapshot of the same key is here already.
+            RuntimeError: if it is a final and there is no room.
+        """
+        key = snapshot.key
+        if key in self._in_flight or self._waiting(key) is not None:
+            raise ValueError(f"snapshot {key} was submitted twice")
+        self._num_added += 1
+        entry = _Entry(snapshot, self._num_added, now_ms)
+        if snapshot.is_final:
+            if not self.has_room():
+                raise RuntimeError(f"{self.num_waiting} snapshots wait already; wait for has_room()")
+            overtaken = self._partials.pop(_utterance_of(key), None)
+            self._finals[key] = entry
+            return [_superseded(overtaken.snapshot)] if overtaken else []
+        return self._add_partial(entry)
+
+    def can_take(self) -> bool:
+        """Whether `take` would return something."""
+        return bool(self._choose())
+
+    def take(self) -> list[Snapshot]:
+        """Return the snapshots of the next call, which are in flight from now on; empty when nothing may be sent."""
+        chosen = self._choose()
+        is_alone = len(chosen) == 1 and not self._in_flight
+        if chosen:
+            for other in self._in_flight.values():
+                other.was_alone = False
+        for entry in chosen:
+            self._unqueue(entry)
+            entry.was_alone = is_alone
+            self._in_flight[entry.snapshot.key] = entry
+            if not entry.snapshot.is_final:
+                self._partials_in_flight.add(_utterance_of(entry.snapshot.key))
+        return [entry.snapshot for entry in chosen]
+
+    def answer(self, outcome: Outcome) -> bool:
+        """Take note of an outcome of a snapshot in flight; False when nobody waits for it (any more)."""
+        entry = self._in_flight.get(outcome.key)
+        if entry is None:
+            return False
+        if outcome.task is None:
+            self._land(entry)
+            return True
+        if outcome.task not in entry.snapshot.tasks:
+            return False
+        open_tasks = tuple(task for task in entry.snapshot.tasks if task != outcome.task)
+        entry.snapshot = replace(entry.snapshot, tasks=open_tasks)
+        if not open_tasks:
+            self._land(entry)
+        return True
+
+    def put_back(self, keys: Iterable[SnapshotKey]) -> list[Failure]:
+        """Let snapshots wait again that never reached a stage; return the failures of those overtaken meanwhile."""
+        return [failure for entry in self._landed(keys) if (failure := self._requeue(entry)) is not None]
+
+    def lose(self, keys: Iterable[SnapshotKey], now_ms: float, reason: str) -> list[Failure]:
+        """Take note that a stage died (or fell silent) under `keys`; return what is not submitted again."""
+        failures = []
+        for entry in self._landed(keys):
+            snapshot = entry.snapshot
+            if entry.was_alone:
+                entry.num_kills += 1
+            if not snapshot.is_final:
+                failures.append(Failure(snapshot.key, None, FailureKind.UNAVAILABLE, reason))
+            elif entry.num_kills >= self._params.max_kills:
+                message = f"given up: {entry.num_kills} stages died while they worked on nothing else ({reason})"
+                failures.append(Failure(snapshot.key, None, FailureKind.FAILED, message))
+            elif now_ms - entry.submitted_ms >= self._params.max_final_wait_ms:
+                failures.append(_expired(entry, now_ms, reason))
+            else:
+                entry.is_suspect = True
+                self._suspects[snapshot.key] = entry
+        return failures
+
+    def expire(self, now_ms: float) -> list[Failure]:
+        """Drop what has waited for too long and return its failures. What is in flight has its call's timeout."""
+        late_partials = [
+            entry for entry in self._partials.values()
+            if now_ms - entry.submitted_ms >= self._params.max_partial_wait_ms
+        ]  # fmt: skip
+        late_finals = [
+            entry for entry in (*self._finals.values(), *self._suspects.values())
+            if now_ms - entry.submitted_ms >= self._params.max_final_wait_ms
+        ]  # fmt: skip
+        for entry in (*late_partials, *late_finals):
+            self._unqueue(entry)
+        return [_expired(entry, now_ms, "no stage took it") for entry in (*late_partials, *late_finals)]
+
+    def abandon(self, key: SnapshotKey) -> None:
+        """Take note that nobody waits for `key` (any more). What is in flight is not sent again."""
+        entry = self._waiting(key)
+        if entry is not None:
+            self._unqueue(entry)
+        if key in self._in_flight:
+            self._in_flight[key].is_abandoned = True
+
+    def is_abandoned(self, keys: Iterable[SnapshotKey]) -> bool:
+        """Whether nobody waits for any of `keys` any more."""
+        return all(key not in self._in_flight or self._in_flight[key].is_abandoned for key in keys)
+
+    def open_tasks(self, key: SnapshotKey) -> tuple[Task, ...]:
+        """Return the tasks of `key`, which is in flight, that have no outcome yet."""
+        entry = self._in_flight.get(key)
+        return entry.snapshot.tasks if entry else ()
+
+    def _add_partial(self, entry: _Entry) -> list[Failure]:
+        snapshot = entry.snapshot
+        utterance = _utterance_of(snapshot.key)
+        waiting = self._partials.get(utterance)
+        if waiting is None and self._is_overtaken(snapshot.key):
+            return [_superseded(snapshot)]
+        if waiting is None and not self.has_room():
+            message = f"{self.num_waiting} snapshots wait already"
+            return [Failure(snapshot.key, None, FailureKind.UNAVAILABLE, message)]
+        if waiting is None:
+            self._partials[utterance] = entry
+            return []
+        if waiting.snapshot.key.revision >= snapshot.key.revision:
+            return [_superseded(snapshot)]
+        # The newer one takes the older one's place in the queue: an utterance is not set back by talking on.
+        entry.order = waiting.order
+        self._partials[utterance] = entry
+        return [_superseded(waiting.snapshot)]
+
+    def _choose(self) -> list[_Entry]:
+        if self._suspects:
+            return [] if self._in_flight else [min(self._suspects.values(), key=lambda entry: entry.order)]
+        if any(entry.is_suspect for entry in self._in_flight.values()):
+            return []
+        return list(self._next_entries())
+
+    def _next_entries(self) -> Iterator[_Entry]:
+        room = self._params.max_in_flight_snapshots - len(self._in_flight)
+        work_ms = 0.0
+        finals = sorted(self._finals.values(), key=lambda entry: entry.order)
+        partials = sorted(
+            (entry for utterance, entry in self._partials.items() if utterance not in self._partials_in_flight),
+            key=lambda entry: entry.order,
+        )
+        for num_chosen, entry in enumerate((*finals, *partials)):
+            work_ms += self._predict_ms(len(entry.snapshot.samples))
+            if num_chosen >= room or (num_chosen and work_ms > self._params.max_work_ms):
+                return
+            yield entry
+
+    def _landed(self, keys: Iterable[SnapshotKey]) -> list[_Entry]:
+        entries = [self._in_flight[key] for key in keys if key in self._in_flight]
+        for entry in entries:
+            self._land(entry)
+        return [entry for entry in entries if not entry.is_abandoned]
+
+    def _land(self, entry: _Entry) -> None:
+        key = entry.snapshot.key
+        del self._in_flight[key]
+        if not entry.snapshot.is_final:
+            self._partials_in_flight.discard(_utterance_of(key))
+
+    def _requeue(self, entry: _Entry) -> Failure | None:
+        key = entry.snapshot.key
+        if entry.is_suspect:
+            self._suspects[key] = entry
+        elif entry.snapshot.is_final:
+            self._finals[key] = entry
+        elif self._is_overtaken(key):
+            return _superseded(entry.snapshot)
+        else:
+            self._partials[_utterance_of(key)] = entry
+        return None
+
+    def _is_overtaken(self, key: SnapshotKey) -> bool:
+        utterance = _utterance_of(key)
+        finals = (*self._finals, *self._suspects)
+        return utterance in self._partials or any(_utterance_of(final) == utterance for final in finals)
+
+    def _waiting(self, key: SnapshotKey) -> _Entry | None:
+        partial = self._partials.get(_utterance_of(key))
+        if partial is not None and partial.snapshot.key == key:
+            return partial
+        return self._finals.get(key) or self._suspects.get(key)
+
+    def _unqueue(self, entry: _Entry) -> None:
+        key = entry.snapshot.key
+        self._finals.pop(key, None)
+        self._suspects.pop(key, None)
+        if self._partials.get(_utterance_of(key)) is entry:
+            del self._partials[_utterance_of(key)]
+
+
+class CostModel:
+    """Predicts the encoder's time for a snapshot.
+
+    It starts from what the encoder measured at load; a scale follows the calls since then, slowly, so that a machine
+    that has become busy gets smaller calls.
+    """
+
+    _FOLLOW = 0.1
+
+    def __init__(self, estimate_ms: Callable[[int], float]) -> None:
+        self._estimate_ms = estimate_ms
+        self._scale = 1.0
+
+    def predict_ms(self, num_samples: int) -> float:
+        """Return the expected time for `num_samples` samples, in milliseconds."""
+        return self._scale * self._estimate_ms(num_samples)
+
+    def observe(self, num_samples: Iterable[int], measured_ms: float) -> None:
+        """Take note that encoding snapshots of `num_samples` samples in one call took `measured_ms`."""
+        predicted_ms = sum(self.predict_ms(num) for num in num_samples)
+        if predicted_ms > 0 and measured_ms > 0:
+            ratio = min(4.0, max(0.25, measured_ms / predicted_ms))
+            self._scale = min(100.0, max(0.01, self._scale * ratio**self._FOLLOW))
+
+
+def _utterance_of(key: SnapshotKey) -> UtteranceKey:
+    return (key.stream_id, key.utterance)
+
+
+def _superseded(snapshot: Snapshot) -> Failure:
+    message = "a newer snapshot of the same utterance came before this one was sent"
+    return Failure(snapshot.key, None, FailureKind.SUPERSEDED, message)
+
+
+def _expired(entry: _Entry, now_ms: float, reason: str) -> Failure:
+    waited_s = (now_ms - entry.submitted_ms) / 1_000
+    message = f"no answer within {waited_s:.1f} s ({reason})"
+    return Failure(entry.snapshot.key, None, FailureKind.UNAVAILABLE, message)

@@ -1,0 +1,80 @@
+"""What the service counts, for Prometheus. No stream ids as labels: their number is not bounded."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from pipeline.items import Failure, Hypothesis, Outcome, Snapshot
+from pipeline.records import BaseRecord, FinalRecord, PartialRecord
+
+_LATENCY_MS = (5, 10, 20, 40, 80, 160, 320, 640, 1_280, 2_560, 5_120, 10_240, 30_000)
+
+
+class Metrics:
+    """All metrics of one gateway, in a registry of their own. Implements `SessionObserver`."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.streams_live = Gauge("surtitle_streams_live", "Streams that are live", registry=self.registry)
+        self.streams_started = self._counter("surtitle_streams_started", "Streams that were admitted")
+        self.streams_refused = self._counter("surtitle_streams_refused", "Streams that admission refused")
+        self.streams_failed = self._counter("surtitle_streams_failed", "Streams that ended with a failure")
+        self.records = Counter(
+            "surtitle_records", "Records handed to the publisher, by kind", ["kind"], registry=self.registry
+        )
+        self.guards = Counter(
+            "surtitle_guards_fired", "Hypotheses that a guard cut or emptied", ["guard"], registry=self.registry
+        )
+        self.snapshots = Counter(
+            "surtitle_snapshots", "Snapshots submitted to the stages", ["kind"], registry=self.registry
+        )
+        self.failures = Counter(
+            "surtitle_failures", "Snapshots or tasks without a hypothesis", ["kind"], registry=self.registry
+        )
+        self.superseded = self._counter("surtitle_superseded", "Partials overtaken before they were sent")
+        self.retries = self._counter("surtitle_retries", "Finals submitted again after a stage was lost")
+        self.stage_losses = self._counter("surtitle_stage_losses", "Calls lost with a stage")
+        self.duplicates = self._counter("surtitle_duplicates", "Entries that the store held already")
+        self.queue_wait_ms = self._histogram("surtitle_queue_wait_ms", "From submission to the call that carries it")
+        self.encode_ms = self._histogram(
+            "surtitle_encode_ms", "One encoder call, its wait for the call before it included"
+        )
+        self.decode_ms = self._histogram("surtitle_decode_ms", "From the end of encoding to each outcome")
+        self.cadence_ms = self._histogram("surtitle_partial_cadence_ms", "Sound between two partials of one utterance")
+        self._last_end_ms: dict[str, tuple[int, int]] = {}
+
+    def on_record(self, record: BaseRecord) -> None:
+        """Count `record`, which was handed to the publisher."""
+        self.records.labels(kind=str(getattr(record, "kind", "unknown"))).inc()
+        if isinstance(record, PartialRecord):
+            utterance, end_ms = self._last_end_ms.get(record.stream, (0, 0))
+            if utterance == record.utterance:
+                self.cadence_ms.observe(record.end_ms - end_ms)
+            self._last_end_ms[record.stream] = (record.utterance, record.end_ms)
+        elif isinstance(record, FinalRecord):
+            self._last_end_ms.pop(record.stream, None)
+
+    def on_snapshot(self, snapshot: Snapshot) -> None:
+        """Count `snapshot`, which is about to be submitted."""
+        self.snapshots.labels(kind="final" if snapshot.is_final else "partial").inc()
+
+    def on_outcome(self, _snapshot: Snapshot, outcome: Outcome) -> None:
+        """Count `outcome`."""
+        if isinstance(outcome, Hypothesis) and outcome.guard is not None:
+            self.guards.labels(guard=outcome.guard).inc()
+        elif isinstance(outcome, Failure):
+            self.failures.labels(kind=outcome.kind.value).inc()
+
+    def forget(self, stream_id: str) -> None:
+        """Drop what is remembered of a stream that has ended."""
+        self._last_end_ms.pop(stream_id, None)
+
+    def _counter(self, name: str, help_text: str) -> Counter:
+        return Counter(name, help_text, registry=self.registry)
+
+    def _histogram(self, name: str, help_text: str) -> Histogram:
+        return Histogram(name, help_text, buckets=_LATENCY_MS, registry=self.registry)
+
+    def render(self) -> bytes:
+        """Return all metrics in Prometheus' text format."""
+        return generate_latest(self.registry)

@@ -1,0 +1,350 @@
+"""Carries snapshots through the stages: what both implementations of `Stages` share.
+
+It owns the dispatch queue, keeps calls in flight, hands every outcome to whoever submitted the snapshot, and submits
+again what was lost. How a call reaches the models is the transport's affair: `actors/local_stages.py` and
+`actors/serve_stages.py`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncGenerator, Iterable
+from contextlib import AbstractAsyncContextManager, aclosing
+from typing import Protocol
+
+from actors.audio_encoder import EncoderInfo
+from actors.decoder import DecoderInfo
+from actors.dispatch import CostModel, DispatchParams, DispatchQueue
+from actors.metrics import Metrics
+from actors.stages import StagesInfo
+from pipeline.errors import StageUnavailable
+from pipeline.items import DecodeRequest, Failure, FailureKind, Outcome, Snapshot, SnapshotKey
+
+logger = logging.getLogger(__name__)
+
+_TICK_S = 0.25
+"""How often what waits is looked at for having waited too long."""
+
+
+class StageCall(Protocol):
+    """One call: some snapshots on their way through encoder and decoder."""
+
+    async def wait_encoded(self) -> None:
+        """Return when the encoder is done with this call. Never raises: `outcomes` tells what went wrong."""
+        ...
+
+    def outcomes(self) -> AsyncGenerator[Outcome, None]:
+        """Yield the outcomes as they come.
+
+        Raises:
+            StageUnavailable: if a stage died under the call or fell silent.
+        """
+        ...
+
+    async def aclose(self) -> None:
+        """Give the call up: nobody waits for its outcomes any more."""
+        ...
+
+
+class Lane(Protocol):
+    """A place that is free for one call now."""
+
+    async def start(self, snapshots: list[Snapshot]) -> StageCall:
+        """Send `snapshots`.
+
+        Raises:
+            StageUnavailable: if they did not reach the stage.
+        """
+        ...
+
+
+class Transport(Protocol):
+    """How calls reach the models."""
+
+    @property
+    def max_calls(self) -> int:
+        """Calls that may be with the encoders at once."""
+        ...
+
+    def open_lane(self) -> AbstractAsyncContextManager[Lane]:
+        """Wait until an encoder has room for a call, and hold the place while the context is open.
+
+        Raises:
+            StageUnavailable: if no encoder has room for a while.
+        """
+        ...
+
+    async def aclose(self) -> None:
+        """Release threads and handles. Idempotent."""
+        ...
+
+
+class StageDriver:
+    """`Stages` over a transport. Belongs to the event loop on which `start` is called."""
+
+    def __init__(
+        self,
+        transport: Transport,
+        info: StagesInfo,
+        params: DispatchParams,
+        cost: CostModel,
+        metrics: Metrics,
+    ) -> None:
+        self._transport = transport
+        self._info = info
+        self._params = params
+        self._cost = cost
+        self._metrics = metrics
+        self._queue = DispatchQueue(params, cost.predict_ms)
+        self._mailboxes: dict[SnapshotKey, asyncio.Queue[Outcome]] = {}
+        self._submitted_ms: dict[SnapshotKey, float] = {}
+        self._wakeup = asyncio.Event()
+        self._has_room = asyncio.Condition()
+        self._num_encoding = 0
+        self._progress_at = time.monotonic()
+        self._calls: set[asyncio.Task[None]] = set()
+        self._sender: asyncio.Task[None] | None = None
+        self._is_closed = False
+
+    @property
+    def info(self) -> StagesInfo:
+        """What answers."""
+        return self._info
+
+    def start(self) -> None:
+        """Start sending. Call once, on the event loop that will submit."""
+        self._sender = asyncio.create_task(self._send_forever(), name="stage-sender")
+
+    async def submit(self, snapshot: Snapshot) -> AsyncGenerator[Outcome, None]:
+        """Yield one outcome for each task of `snapshot` (see `Stages.submit`)."""
+        key = snapshot.key
+        if self._is_closed or self._sender is None:
+            yield Failure(key, None, FailureKind.UNAVAILABLE, "the stages are closed")
+            return
+        if snapshot.is_final:
+            async with self._has_room:
+                await self._has_room.wait_for(self._queue.has_room)
+        mailbox: asyncio.Queue[Outcome] = asyncio.Queue(maxsize=len(snapshot.tasks) + 1)
+        now_ms = _now_ms()
+        failures = self._queue.add(snapshot, now_ms)
+        self._mailboxes[key] = mailbox
+        self._submitted_ms[key] = now_ms
+        self._deliver_failures(failures)
+        self._wakeup.set()
+        num_open = len(snapshot.tasks)
+        try:
+            while num_open:
+                outcome = await mailbox.get()
+                num_open = 0 if outcome.task is None else num_open - 1
+                yield outcome
+        finally:
+            del self._mailboxes[key]
+            self._submitted_ms.pop(key, None)
+            if num_open:
+                self._queue.abandon(key)
+            self._wakeup.set()
+
+    async def aclose(self) -> None:
+        """Fail what waits, give up what is in flight, close the transport. Idempotent."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        tasks = [*self._calls, *([self._sender] if self._sender else [])]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for key in list(self._mailboxes):
+            self._deliver(Failure(key, None, FailureKind.UNAVAILABLE, "the stages were closed"))
+        await self._transport.aclose()
+
+    # -- sending ----------------------------------------------------------------------------------
+
+    async def _send_forever(self) -> None:
+        while True:
+            self._wakeup.clear()
+            self._deliver_failures(self._queue.expire(_now_ms()))
+            if self._num_encoding < self._transport.max_calls and self._queue.can_take():
+                await self._send_one()
+                continue
+            timeout_s = _TICK_S if self._queue.num_waiting else None
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._wakeup.wait(), timeout_s)
+
+    async def _send_one(self) -> None:
+        snapshots: list[Snapshot] = []
+        try:
+            async with self._transport.open_lane() as lane:
+                # Only now is it decided what goes along: a place has become free.
+                snapshots = self._queue.take()
+                if not snapshots:
+                    return
+                call = await lane.start(snapshots)
+        except StageUnavailable as exc:
+            logger.warning("no call could be sent: %s", exc)
+            self._deliver_failures(self._queue.put_back(snapshot.key for snapshot in snapshots))
+            await asyncio.sleep(_TICK_S)
+            return
+        except Exception as exc:
+            # A defect of this program must not stop the sender: every stream waits for it.
+            logger.exception("a call could not be sent")
+            self._fail_open([snapshot.key for snapshot in snapshots], f"internal error: {type(exc).__name__}")
+            await asyncio.sleep(_TICK_S)
+            return
+        self._observe_queue_wait(snapshots)
+        self._num_encoding += 1
+        task = asyncio.create_task(self._carry(call, snapshots), name="stage-call")
+        self._calls.add(task)
+        task.add_done_callback(self._calls.discard)
+        await self._tell_room()
+
+    async def _carry(self, call: StageCall, snapshots: list[Snapshot]) -> None:
+        keys = [snapshot.key for snapshot in snapshots]
+        encoding = asyncio.create_task(self._watch_encoding(call, snapshots), name="stage-encoding")
+        try:
+            await self._receive(call, keys, encoding)
+        except StageUnavailable as exc:
+            logger.warning("a stage was lost under %d snapshots: %s", len(keys), exc)
+            self._lose(keys, str(exc))
+        except Exception as exc:
+            # A defect of this program, not of a stage. Its snapshots fail; other calls and streams go on.
+            logger.exception("a call failed")
+            self._fail_open(keys, f"internal error: {type(exc).__name__}")
+        finally:
+            encoding.cancel()
+            await asyncio.wait({encoding})
+            await call.aclose()
+            self._wakeup.set()
+            await self._tell_room()
+
+    async def _receive(self, call: StageCall, keys: list[SnapshotKey], encoding: asyncio.Task[float]) -> None:
+        lost: list[SnapshotKey] = []
+        reason = ""
+        async with aclosing(call.outcomes()) as raw, aclosing(self._patiently(raw)) as outcomes:
+            async for outcome in outcomes:
+                if isinstance(outcome, Failure) and outcome.kind is FailureKind.UNAVAILABLE:
+                    lost.append(outcome.key)
+                    reason = outcome.message
+                    continue
+                if self._queue.answer(outcome):
+                    self._deliver(outcome)
+                    if encoding.done() and not encoding.cancelled():
+                        self._metrics.decode_ms.observe((time.perf_counter() - encoding.result()) * 1_000)
+                if self._queue.is_abandoned(keys):
+                    break
+        if lost:
+            self._lose(lost, reason)
+        self._fail_open(keys, "the decoder ended without an outcome")
+
+    async def _patiently(self, outcomes: AsyncGenerator[Outcome, None]) -> AsyncGenerator[Outcome, None]:
+        """Yield from `outcomes`; raise StageUnavailable when they stop coming.
+
+        A call may wait long behind others, so silence counts only while no call gets an answer, or for four times as
+        long.
+        """
+        timeout_s = self._params.call_timeout_ms / 1_000
+        while True:
+            began = time.monotonic()
+            pending = asyncio.ensure_future(anext(outcomes))
+            try:
+                while not pending.done():
+                    await asyncio.wait({pending}, timeout=timeout_s)
+                    now = time.monotonic()
+                    is_silent = now - max(began, self._progress_at) >= timeout_s or now - began >= 4 * timeout_s
+                    if not pending.done() and is_silent:
+                        raise StageUnavailable(f"no outcome for {now - began:.0f} s")
+                outcome = pending.result()
+            except StopAsyncIteration:
+                return
+            finally:
+                if not pending.done():
+                    pending.cancel()
+                    await asyncio.wait({pending})
+            self._progress_at = time.monotonic()
+            yield outcome
+
+    async def _watch_encoding(self, call: StageCall, snapshots: list[Snapshot]) -> float:
+        """Return when the encoder was done (`time.perf_counter`)."""
+        started = time.perf_counter()
+        is_only = self._num_encoding == 1
+        try:
+            await call.wait_encoded()
+            encoded_at = time.perf_counter()
+            elapsed_ms = (encoded_at - started) * 1_000
+            self._metrics.encode_ms.observe(elapsed_ms)
+            if is_only:
+                # A call behind another one has waited for it as well: its time says nothing about its work.
+                self._cost.observe([len(snapshot.samples) for snapshot in snapshots], elapsed_ms)
+            return encoded_at
+        finally:
+            self._num_encoding -= 1
+            self._wakeup.set()
+
+    async def _tell_room(self) -> None:
+        async with self._has_room:
+            self._has_room.notify_all()
+
+    # -- outcomes ---------------------------------------------------------------------------------
+
+    def _lose(self, keys: list[SnapshotKey], reason: str) -> None:
+        self._metrics.stage_losses.inc()
+        failures = self._queue.lose(keys, _now_ms(), reason)
+        given_up = {failure.key for failure in failures}
+        self._metrics.retries.inc(sum(key not in given_up and key in self._mailboxes for key in keys))
+        self._deliver_failures(failures)
+
+    def _fail_open(self, keys: Iterable[SnapshotKey], message: str) -> None:
+        for key in keys:
+            if self._queue.is_in_flight(key):
+                failure = Failure(key, None, FailureKind.FAILED, message)
+                self._queue.answer(failure)
+                self._deliver(failure)
+
+    def _deliver_failures(self, failures: Iterable[Failure]) -> None:
+        for failure in failures:
+            if failure.kind is FailureKind.SUPERSEDED:
+                self._metrics.superseded.inc()
+            self._deliver(failure)
+
+    def _deliver(self, outcome: Outcome) -> None:
+        mailbox = self._mailboxes.get(outcome.key)
+        if mailbox is not None:
+            mailbox.put_nowait(outcome)
+
+    def _observe_queue_wait(self, snapshots: list[Snapshot]) -> None:
+        now_ms = _now_ms()
+        for snapshot in snapshots:
+            submitted_ms = self._submitted_ms.pop(snapshot.key, None)
+            if submitted_ms is not None:  # not one that is sent again
+                self._metrics.queue_wait_ms.observe(now_ms - submitted_ms)
+
+
+def stages_info(encoder: EncoderInfo, decoder: DecoderInfo) -> StagesInfo:
+    """Return what the two stages are together."""
+    return StagesInfo(
+        tier=decoder.tier,
+        model=decoder.model,
+        device=encoder.device,
+        partial_dtype=encoder.partial_dtype,
+        final_dtype=encoder.final_dtype,
+        languages=decoder.languages,
+        translates_to=decoder.translates_to,
+    )
+
+
+def request_of(snapshot: Snapshot) -> DecodeRequest:
+    """Return what the decoder needs of `snapshot` besides its embeddings."""
+    return DecodeRequest(
+        key=snapshot.key,
+        is_final=snapshot.is_final,
+        language=snapshot.language,
+        languages=snapshot.languages,
+        draft=snapshot.draft,
+        tasks=snapshot.tasks,
+    )
+
+
+def _now_ms() -> float:
+    return time.monotonic() * 1_000
