@@ -10,8 +10,11 @@ from pipeline.errors import ModelError
 from pipeline.models.weights import ModelParams
 
 Clock = Callable[[], float]
-"""Seconds on any steady clock (`time.perf_counter`). Handed in by who owns a clock; results never depend on it."""
+"""Seconds on any steady clock (`time.perf_counter`), handed in by who owns one: only the arithmetic of partials and cost
+estimates depend on it."""
 
+# As `torch.cpu.get_capabilities` names them, on x86 and on ARM.
+_CPU_BFLOAT16 = ("amx_bf16", "avx512_bf16", "avx10_2", "bf16")
 # Rows, inputs, outputs. From tiny upwards: without bfloat16 instructions a product can take 150 times as long as in
 # float32, so a slow machine is found out before a product that matters is tried.
 _PROBE_SHAPES = ((8, 32, 32), (32, 128, 128), (128, 256, 256), (128, 512, 512))
@@ -40,9 +43,17 @@ def choose_partial_dtype(model: ModelParams, device: torch.device, clock: Clock 
     """
     if model.partial_dtype != "auto":
         return torch.bfloat16 if model.partial_dtype == "bfloat16" else torch.float32
-    if clock is None or (device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)):
+    if clock is None or not has_bfloat16_units(device):
         return torch.float32
     return torch.bfloat16 if is_bfloat16_faster(device, clock) else torch.float32
+
+
+def has_bfloat16_units(device: torch.device) -> bool:
+    """Whether the hardware has bfloat16 arithmetic of its own; asked first, since a probe on a busy machine can err."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    capabilities = torch.cpu.get_capabilities()
+    return any(bool(capabilities.get(name)) for name in _CPU_BFLOAT16)
 
 
 @torch.inference_mode()
