@@ -2,9 +2,10 @@
 
     make lock                    # or: python scripts/lock.py, with pip-tools importable
 
-torch is left out on purpose. One version of it exists as different files (PyPI's wheel brings CUDA, the index
-download.pytorch.org/whl/cpu and some machines' own wheel folders hold a CPU one), so that no single list of hashes fits. It is
-pinned by version in pyproject.toml and installed behind the lock (Makefile); its plain Python dependencies are locked here.
+torch is left out on purpose. One version of it exists as different files: PyPI's wheel brings CUDA, the index
+download.pytorch.org/whl/cpu and the wheel folders of some machines hold a CPU one, so that no single list of hashes
+fits. It is pinned by version in pyproject.toml and installed behind the lock (Makefile); what it needs of plain
+Python is locked here.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ def requirements() -> list[str]:
 
 def main() -> None:
     """Resolve against PyPI alone, so that the hashes hold on every machine, and write the lock file."""
-    environment = {name: value for name, value in os.environ.items() if name not in {"PIP_FIND_LINKS", "PIP_EXTRA_INDEX_URL"}}
+    environment = {
+        name: value for name, value in os.environ.items() if name not in {"PIP_FIND_LINKS", "PIP_EXTRA_INDEX_URL"}
+    }
     environment |= {"PIP_CONFIG_FILE": os.devnull, "CUSTOM_COMPILE_COMMAND": "make lock"}
     with tempfile.TemporaryDirectory() as folder:
         source, compiled = Path(folder, "requirements.in"), Path(folder, "requirements.txt")
