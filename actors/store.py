@@ -35,6 +35,9 @@ INDEX_KEY = "surtitle:streams"
 """Stream: one entry (`stream`, `epoch`, `started_at`) a claim, newest last."""
 CANARY_KEY = "surtitle:canary"
 
+END_STATES = ("ended", "failed")
+"""What the state hash says of a stream that is over; also the events of its last health record."""
+
 _STREAM_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _LANGUAGE = re.compile(r"[A-Za-z]{2,3}(-[A-Za-z0-9]{2,8})*")
 _SCHEMES = ("redis", "rediss", "unix")
