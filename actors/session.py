@@ -106,7 +106,8 @@ class Session:
             tier = cast(Tier, self._stages.info.tier)
             self._writer = await self._publisher.open_stream(
                 self.stream_id,
-                started_at=datetime.now(UTC),
+                datetime.now(UTC),
+                tier=tier,
                 target_languages=self._params.captions.translate_to,
             )
             resume = self._writer.resume
