@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 
 from tests.media import make_media
+from tests.stores import data_dir, embedded_redis, publisher, redis_params
+
+__all__ = ["data_dir", "embedded_redis", "publisher", "redis_params"]
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Real stores for tests: embedded servers in short temporary directories, records to write, a proxy that loses replies."""
+"""Real stores for tests: embedded servers of their own, records to write, a proxy that loses replies."""
 
 from __future__ import annotations
 
