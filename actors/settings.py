@@ -15,6 +15,7 @@ from typing import Any, Literal
 from pydantic import Field, SecretStr, ValidationError
 
 from actors.dispatch import DispatchParams
+from actors.service_params import RayParams, ServiceParams
 from actors.settings_layers import (
     CONFIG_VARIABLE,
     Override,
@@ -25,9 +26,10 @@ from actors.settings_layers import (
 )
 from actors.settings_problems import Given, Problem, check_keys, explain, leaves_of
 from actors.store import RedisParams, public_address
+from ingest.source import AudioParams
 from pipeline.audio.chunks_to_utterances import VadParams
-from pipeline.decode.guards import GuardParams
-from pipeline.decode.scheduler import SchedulerParams
+from pipeline.audio.encoder_window import EncoderParams
+from pipeline.decode.embeddings_to_hypotheses import DecoderParams
 from pipeline.errors import ConfigError
 from pipeline.models.weights import ModelParams
 from pipeline.params import Params
@@ -44,14 +46,17 @@ class Settings(Params):
         default="ray", description="ray: stages as Serve deployments; local: in this process, for small devices"
     )
     model: ModelParams = ModelParams()
+    audio: AudioParams = AudioParams()
     vad: VadParams = VadParams()
     snapshots: SnapshotParams = SnapshotParams()
     captions: CaptionParams = CaptionParams()
     summary: SummaryParams | None = Field(default=None, description="null: no summaries")
-    guards: GuardParams = GuardParams()
-    scheduler: SchedulerParams = SchedulerParams()
+    encoder: EncoderParams = EncoderParams()
+    decoder: DecoderParams = DecoderParams()
     dispatch: DispatchParams = DispatchParams()
     redis: RedisParams = RedisParams()
+    service: ServiceParams = ServiceParams()
+    ray: RayParams = RayParams()
 
     def stream_params(self) -> StreamParams:
         """Return the parameters that a stream has unless its specification says otherwise."""
