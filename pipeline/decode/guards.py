@@ -1,8 +1,8 @@
 """Guards against what a speech decoder invents: loops, text on silence, and more tokens than anybody can speak.
 
-Plain Python over tokens, text and probabilities; no word lists. Thresholds of the compression ratio and of silence are those of
-OpenAI's `whisper/transcribe.py`. There, a loop is decoded to its end and then tried again at a higher temperature; here it
-is noticed while it is decoded, and cut.
+Plain Python over tokens, text and probabilities; no word lists. Thresholds of the compression ratio and of silence are
+those of OpenAI's `whisper/transcribe.py`. There, a loop is decoded to its end and then tried again at a higher
+temperature; here it is noticed while it is decoded, and cut.
 """
 
 from __future__ import annotations
@@ -62,10 +62,11 @@ class GuardParams(Params):
         default=24.0, gt=0.0, le=1_000.0, description="text tokens a second of audio, at most"
     )
     min_token_cap: int = Field(default=16, ge=1, le=448, description="text tokens allowed whatever the length of audio")
+    max_tokens: int = Field(default=224, ge=1, le=4_096, description="text tokens of one hypothesis, at most")
 
 
 class LoopDetector:
-    """Finds the n-gram that a growing sequence of tokens repeats at its end. Costs one comparison per period and token."""
+    """Finds the n-gram that a growing sequence of tokens repeats at its end: one comparison per period and token."""
 
     def __init__(self, params: GuardParams) -> None:
         self._params = params
@@ -106,7 +107,7 @@ def is_repetitive(text: str, params: GuardParams) -> bool:
 
 
 def num_tokens_before_repetition(texts: Sequence[str], params: GuardParams) -> int:
-    """Return how many of the first tokens of a repetitive text to keep; `texts[i]` is the text of the first i + 1 tokens."""
+    """Return how many tokens of a repetitive text to keep; `texts[i]` is the text of the first i + 1 tokens."""
     kept = (i + 1 for i, text in enumerate(texts) if compression_ratio(text) <= params.kept_compression_ratio)
     return max(kept, default=0)
 
@@ -121,4 +122,5 @@ def is_silence(no_speech_probability: float, average_logprob: float, params: Gua
 
 def token_cap(num_audio_samples: int, params: GuardParams) -> int:
     """Return how many text tokens `num_audio_samples` of 16 kHz audio may give."""
-    return max(params.min_token_cap, round(num_audio_samples / SAMPLE_RATE_HZ * params.max_tokens_per_s))
+    by_length = round(num_audio_samples / SAMPLE_RATE_HZ * params.max_tokens_per_s)
+    return min(params.max_tokens, max(params.min_token_cap, by_length))

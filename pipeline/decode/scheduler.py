@@ -90,9 +90,8 @@ class Ended(Generic[IdT]):
 
 @dataclass(frozen=True, slots=True)
 class Step(Generic[IdT]):
-    """One step: first release what `ended` and was `preempted` (these start again later), then run the `pieces`."""
+    """One step: first close the slots of what was `preempted` (it starts again later), then run the `pieces`."""
 
-    ended: tuple[Ended[IdT], ...]
     preempted: tuple[IdT, ...]
     pieces: tuple[Piece[IdT], ...]
 
@@ -150,7 +149,6 @@ class Scheduler(Generic[IdT]):
         self._entries: dict[IdT, _Entry[IdT]] = {}
         self._lineages: dict[Hashable, list[_Entry[IdT]]] = {}
         self._free_slots = list(range(params.num_slots - 1, -1, -1))
-        self._ended: list[Ended[IdT]] = []
         self._in_step: dict[IdT, Piece[IdT]] = {}
         self._num_arrived = 0
         self._num_steps = 0
@@ -167,11 +165,11 @@ class Scheduler(Generic[IdT]):
 
     @property
     def has_work(self) -> bool:
-        """Whether a step would do or report anything."""
-        return bool(self._entries or self._ended)
+        """Whether anything waits or runs."""
+        return bool(self._entries)
 
-    def submit(self, work: Work[IdT]) -> None:
-        """Queue `work`; what must give way to it is reported by the next `schedule`.
+    def submit(self, work: Work[IdT]) -> tuple[Ended[IdT], ...]:
+        """Queue `work` and return what ended by that: what gave way to it, or itself if it was overtaken or refused.
 
         Raises:
             ValueError: if its id is already queued or it has no token to feed.
@@ -181,22 +179,21 @@ class Scheduler(Generic[IdT]):
         if work.num_tokens < 1 or work.num_context_tokens < 0:
             raise ValueError(f"work {work.id!r} must feed at least one token, got {work.num_tokens}")
         self._check_between_steps()
-        if self._supersede(work) or not self._make_room(work):
-            return
+        ended = self._supersede(work) or self._refuse(work)
+        if any(end.id == work.id for end in ended):
+            return ended
         self._num_arrived += 1
         entry = _Entry(work, self._num_arrived, self._num_steps)
         self._entries[work.id] = entry
         if work.lineage is not None:
             self._lineages.setdefault(work.lineage, []).append(entry)
+        return ended
 
-    def cancel(self, work_id: IdT) -> bool:
-        """End the work with id `work_id` and return True; return False if there is none."""
+    def cancel(self, work_id: IdT) -> Ended[IdT] | None:
+        """End the work with id `work_id` and return how, or None if there is none."""
         self._check_between_steps()
         entry = self._entries.get(work_id)
-        if entry is None:
-            return False
-        self._end(entry, EndReason.CANCELLED)
-        return True
+        return None if entry is None else self._end(entry, EndReason.CANCELLED)
 
     def schedule(self) -> Step[IdT]:
         """Return the next step. Its pieces must be accounted for before the next call."""
@@ -205,8 +202,7 @@ class Scheduler(Generic[IdT]):
         preempted = self._admit()
         pieces = self._pack()
         self._in_step = {piece.id: piece for piece in pieces}
-        ended, self._ended = tuple(self._ended), []
-        return Step(ended, preempted, pieces)
+        return Step(preempted, pieces)
 
     def account(self, reports: Mapping[IdT, Progress | EndReason]) -> None:
         """Take what became of every piece of the last step: how it goes on, or how it ended.
@@ -230,30 +226,27 @@ class Scheduler(Generic[IdT]):
         if self._in_step:
             raise RuntimeError(f"{len(self._in_step)} pieces of the last step are not accounted for")
 
-    def _supersede(self, work: Work[IdT]) -> bool:
-        """End the partials that `work` overtakes; return whether it is itself overtaken."""
-        if work.lineage is None:
-            return False
-        rivals = list(self._lineages.get(work.lineage, ()))
-        for rival in rivals:
-            if rival.work.priority is Priority.PARTIAL and rival.work.revision < work.revision:
-                self._end(rival, EndReason.SUPERSEDED)
+    def _supersede(self, work: Work[IdT]) -> tuple[Ended[IdT], ...]:
+        """End the partials that `work` overtakes, or return that `work` is itself overtaken."""
+        rivals = list(self._lineages.get(work.lineage, ())) if work.lineage is not None else []
         if work.priority is Priority.PARTIAL and any(rival.work.revision > work.revision for rival in rivals):
-            self._ended.append(Ended(work.id, EndReason.SUPERSEDED, None))
-            return True
-        return False
+            return (Ended(work.id, EndReason.SUPERSEDED, None),)
+        return tuple(
+            self._end(rival, EndReason.SUPERSEDED)
+            for rival in rivals
+            if rival.work.priority is Priority.PARTIAL and rival.work.revision < work.revision
+        )
 
-    def _make_room(self, work: Work[IdT]) -> bool:
+    def _refuse(self, work: Work[IdT]) -> tuple[Ended[IdT], ...]:
+        """If the queue is full, end the last waiting work below final for a final, or return that `work` is refused."""
         waiting = [entry for entry in self._entries.values() if entry.slot is None]
         if len(waiting) < self._params.max_waiting + len(self._free_slots):
-            return True
+            return ()
         if work.priority is Priority.FINAL:
             last = max(waiting, key=self._order)
             if last.priority is not Priority.FINAL:
-                self._end(last, EndReason.REFUSED)
-                return True
-        self._ended.append(Ended(work.id, EndReason.REFUSED, None))
-        return False
+                return (self._end(last, EndReason.REFUSED),)
+        return (Ended(work.id, EndReason.REFUSED, None),)
 
     def _order(self, entry: _Entry[IdT]) -> tuple[int, int]:
         if entry.priority is Priority.FINAL:
@@ -293,9 +286,10 @@ class Scheduler(Generic[IdT]):
             entry.served_step = self._num_steps
         return tuple(pieces)
 
-    def _end(self, entry: _Entry[IdT], reason: EndReason) -> None:
-        self._ended.append(Ended(entry.work.id, reason, entry.slot if entry.has_context else None))
+    def _end(self, entry: _Entry[IdT], reason: EndReason) -> Ended[IdT]:
+        ended = Ended(entry.work.id, reason, entry.slot if entry.has_context else None)
         self._remove(entry)
+        return ended
 
     def _remove(self, entry: _Entry[IdT]) -> None:
         self._release(entry)

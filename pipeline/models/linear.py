@@ -1,14 +1,16 @@
 """Linear layers whose rows do not depend on their neighbours.
 
-A matrix product may round a row differently when other rows are computed with it: BLAS picks another kernel, hence another
-order of summation, for each shape. Finals must be the same alone and in a batch (docs/architecture.md, "Rules"), so `pack_linear` gives a
-layer whose rows are bit-identical whatever else is in the batch. Measured with torch 2.13 on AVX2, fp32:
+A matrix product may round a row differently when other rows are computed with it: BLAS picks another kernel, hence
+another order of summation, for each shape. Finals must be the same alone and in a batch (docs/architecture.md), so
+`pack_linear` gives a layer whose rows are bit-identical whatever else is in the batch. Measured with torch 2.13, AVX2,
+float32:
 
-- oneDNN with weights packed beforehand: the same bits for every number of rows, and faster than plain `F.linear` (512 x 51,865,
-  one row 8 ms, four rows 8 ms against 21 ms, sixteen 9 ms against 24 ms), since nothing is packed again at every call;
+- oneDNN with weights packed beforehand: the same bits for every number of rows, and faster than plain `F.linear`, since
+  nothing is packed again at every call (512 x 51,865: one row 8 ms, four 8 against 21 ms, sixteen 9 against 24 ms);
 - MKL behind plain `F.linear`: the same bits for multiples of 4 rows only.
 
-So oneDNN is used where it is there and a probe at load finds its rows identical, and products in blocks of one fixed shape else.
+So oneDNN is used where it is there and a probe at load finds its rows identical, and products in blocks of one fixed
+shape else.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from torch import Tensor
 _BLOCK_ROWS = 16
 _PROBE_ROWS = (1, 2, 3, 5, 8, 17, 33)
 _MAX_PROBE_ROWS = 64
-# oneDNN picks the layout of packed weights for about as many rows; for 1 it takes one with another kernel for a lone row.
+# oneDNN packs weights for about so many rows; packed for 1, they would use another kernel for a lone row.
 _PACKED_FOR_ROWS = 16
 
 
@@ -45,6 +47,7 @@ class PackedLinear:
         self._bias = bias
 
     def __call__(self, x: Tensor) -> Tensor:
+        """Return float32[m, outputs] for contiguous `x` float32[m, inputs]."""
         result: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
         return result
 
@@ -57,6 +60,7 @@ class BlockedLinear:
         self._bias = bias
 
     def __call__(self, x: Tensor) -> Tensor:
+        """Return float32[m, outputs] for `x` float32[m, inputs]."""
         num_rows = x.shape[0]
         padded = F.pad(x, (0, 0, 0, -num_rows % _BLOCK_ROWS))
         blocks = [F.linear(block, self._weight, self._bias) for block in padded.split(_BLOCK_ROWS)]

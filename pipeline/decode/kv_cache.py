@@ -1,0 +1,106 @@
+"""Slotted key/value memory with a hard bound.
+
+Everything is allocated once: a slot has room for `max_tokens` text tokens and `max_context_positions` positions of
+context, and nothing is ever copied or grown while decoding. The system commits a page of a slot only when it is first
+written, so slots that short utterances use cost what those need. A slot is not an identity: whoever opens it gets a
+`Lease`, which ends when the slot is closed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class KvShape:
+    """Dimensions of the memory. The queries of `num_kept_queries` attention heads are kept, for word times."""
+
+    num_slots: int
+    num_layers: int
+    num_heads: int
+    head_width: int
+    max_tokens: int
+    max_context_positions: int
+    num_kept_queries: int
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """The right to use a slot until it is closed.
+
+    Attention over text always spans `token_capacity` places and masks those not yet written: its shape, and so its
+    rounding, depends on the request alone and not on how far it has come.
+    """
+
+    slot: int
+    generation: int
+    token_capacity: int
+    num_context_positions: int
+
+
+class KvMemory:
+    """Keys and values of every layer and slot, float32, one device.
+
+    `keys`, `values`: [layers, slots, heads, max_tokens, head_width]; `context_keys`, `context_values`: the same over
+    context positions; `queries`: [kept, slots, max_tokens, head_width].
+    """
+
+    def __init__(self, shape: KvShape, device: torch.device) -> None:
+        self.shape = shape
+        leading = (shape.num_layers, shape.num_slots, shape.num_heads)
+        text = (*leading, shape.max_tokens, shape.head_width)
+        context = (*leading, shape.max_context_positions, shape.head_width)
+        # Zeros, not whatever was there: masked places are multiplied by zero, and zero times infinity is not zero.
+        self.keys = torch.zeros(text, device=device)
+        self.values = torch.zeros(text, device=device)
+        self.context_keys = torch.zeros(context, device=device)
+        self.context_values = torch.zeros(context, device=device)
+        self.queries = torch.zeros(
+            (shape.num_kept_queries, shape.num_slots, shape.max_tokens, shape.head_width), device=device
+        )
+        self._generations = [0] * shape.num_slots
+        self._is_open = [False] * shape.num_slots
+
+    @property
+    def num_open(self) -> int:
+        """Slots that are leased."""
+        return sum(self._is_open)
+
+    def open(self, slot: int, token_capacity: int, num_context_positions: int) -> Lease:
+        """Lease `slot`.
+
+        Raises:
+            ValueError: if the request is larger than a slot.
+            RuntimeError: if the slot is leased already.
+        """
+        if not 1 <= token_capacity <= self.shape.max_tokens:
+            raise ValueError(f"{token_capacity} tokens do not fit a slot of {self.shape.max_tokens}")
+        if not 1 <= num_context_positions <= self.shape.max_context_positions:
+            raise ValueError(
+                f"{num_context_positions} context positions do not fit a slot of {self.shape.max_context_positions}"
+            )
+        if self._is_open[slot]:
+            raise RuntimeError(f"slot {slot} is leased already (generation {self._generations[slot]})")
+        self._is_open[slot] = True
+        self._generations[slot] += 1
+        return Lease(slot, self._generations[slot], token_capacity, num_context_positions)
+
+    def close(self, lease: Lease) -> None:
+        """End `lease`; its slot can be opened again.
+
+        Raises:
+            RuntimeError: if it has ended already.
+        """
+        self.check(lease)
+        self._is_open[lease.slot] = False
+
+    def check(self, lease: Lease) -> None:
+        """Check that `lease` still holds its slot.
+
+        Raises:
+            RuntimeError: if it has ended.
+        """
+        if not self._is_open[lease.slot] or self._generations[lease.slot] != lease.generation:
+            raise RuntimeError(f"the lease of slot {lease.slot}, generation {lease.generation}, has ended")

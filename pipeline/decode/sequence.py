@@ -1,0 +1,230 @@
+"""One task of one request while it is decoded: what to feed next, what was accepted, when it ends. Plain Python.
+
+The draft is fed behind the prompt in the same pass. Every fed token gives a pick for the place behind it; as long as
+the next fed token is that pick, it was right and its own pick counts too; from the first other token on, what was fed
+is forgotten. So the accepted tokens are those of greedy decoding without a draft, in fewer passes. A language that is
+not known is verified the same way: the guess is fed as if it were known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from pipeline.decode.guards import (
+    COMPRESSION,
+    LOOP,
+    SILENCE,
+    TOKEN_CAP,
+    GuardParams,
+    LoopDetector,
+    is_repetitive,
+    is_silence,
+    num_tokens_before_repetition,
+)
+from pipeline.decode.runner import Pick, RowResult, StartReading
+
+# The compression test needs the text; it is made at the end and whenever so many tokens were added.
+_COMPRESSION_TEST_TOKENS = 16
+_LANGUAGE_PLACE = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """The special tokens before the text: start, language, task.
+
+    If `language_choices` is not empty, the language is to be detected among these; the one in `tokens` is a guess.
+    """
+
+    tokens: tuple[int, ...]
+    language_choices: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Feed:
+    """What a sequence feeds next; the fields are those of `pipeline.decode.runner.Row`."""
+
+    position: int
+    tokens: tuple[int, ...]
+    pick_from: int
+    is_begin: bool
+    reads_start: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What bounds a sequence: text tokens, the token that ends a text, and the guards."""
+
+    max_new_tokens: int
+    eot: int
+    guards: GuardParams
+
+
+class TokenSequence:
+    """Greedy decoding of one task with draft verification and guards.
+
+    `num_cached` places at the start of the prompt are in the key/value memory already; then `start` is what was read
+    there. `decode` gives the text of tokens.
+    """
+
+    def __init__(
+        self,
+        prompt: Prompt,
+        draft: Sequence[int],
+        limits: Limits,
+        decode: Callable[[Sequence[int]], str],
+        *,
+        num_cached: int = 0,
+        start: StartReading | None = None,
+    ) -> None:
+        self._prompt = list(prompt.tokens)
+        self._choices = prompt.language_choices
+        self._draft = _text_only(draft, limits)
+        self._limits = limits
+        self._decode = decode
+        self._start = start
+        self.num_passes = 0
+        self._begin(num_cached)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether end-of-text or a guard was reached."""
+        return self._is_finished
+
+    @property
+    def num_pending(self) -> int:
+        """Tokens to feed next."""
+        return len(self._pending)
+
+    @property
+    def num_resume_tokens(self) -> int:
+        """Tokens to feed if the memory is lost (`restart`)."""
+        return len(self._prompt) + max(len(self._tokens), len(self._draft))
+
+    @property
+    def prompt(self) -> tuple[int, ...]:
+        """The prompt; its language is final once a pass has run."""
+        return tuple(self._prompt)
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """Text tokens accepted, without what a guard cut off."""
+        return tuple(self._tokens)
+
+    @property
+    def logprobs(self) -> tuple[float, ...]:
+        """The log-probability of each of `tokens`."""
+        return tuple(self._logprobs)
+
+    @property
+    def guard(self) -> str | None:
+        """The guard that fired."""
+        return self._guard
+
+    @property
+    def average_logprob(self) -> float:
+        """Mean log-probability of all decoded tokens, end-of-text included, as in OpenAI's `whisper/decoding.py`."""
+        return self._sum_logprob / (self._num_decoded + 1)
+
+    @property
+    def start(self) -> StartReading | None:
+        """What the model thought at the start token; None before it was fed."""
+        return self._start
+
+    def feed(self, num_tokens: int) -> Feed:
+        """Return the next up to `num_tokens` tokens to feed."""
+        tokens = tuple(self._pending[:num_tokens])
+        last_prompt_place = len(self._prompt) - 1
+        pick_from = min(len(tokens), max(0, last_prompt_place - self._position))
+        is_begin = self._position + pick_from == last_prompt_place
+        return Feed(self._position, tokens, pick_from, is_begin, reads_start=self._position == 0)
+
+    def account(self, feed: Feed, result: RowResult) -> None:
+        """Take the result of feeding `feed`, which must be what `feed` returned last."""
+        self.num_passes += 1
+        if feed.reads_start:
+            self._start = result.start
+            if self._choices and not self._settle_language():
+                return
+        for index, pick in enumerate(result.picks, start=feed.pick_from):
+            self._accept(pick)
+            if self._is_finished:
+                return
+            behind = index + 1
+            if behind >= len(self._pending) or self._pending[behind] != pick.token:
+                self._position += behind
+                self._pending = [pick.token]
+                return
+        self._position += len(feed.tokens)
+        del self._pending[: len(feed.tokens)]
+
+    def restart(self) -> None:
+        """Begin again with an empty memory; what was accepted so far becomes the draft."""
+        if self._tokens:
+            self._draft = list(self._tokens)
+        self._begin(0)
+
+    def _begin(self, num_cached: int) -> None:
+        self._position = num_cached
+        self._pending = self._prompt[num_cached:] + self._draft
+        self._tokens: list[int] = []
+        self._logprobs: list[float] = []
+        self._sum_logprob = 0.0
+        self._num_decoded = 0
+        self._loops = LoopDetector(self._limits.guards)
+        self._guard: str | None = None
+        self._is_finished = False
+
+    def _settle_language(self) -> bool:
+        """Put the detected language into the prompt; return whether it is the one that was fed."""
+        scores = self._start.language_logits if self._start is not None else {}
+        language = max(self._choices, key=lambda token: scores[token])
+        self._choices = ()
+        was_right = self._prompt[_LANGUAGE_PLACE] == language
+        if not was_right:
+            self._prompt[_LANGUAGE_PLACE] = language
+            self._begin(_LANGUAGE_PLACE)
+        return was_right
+
+    def _accept(self, pick: Pick) -> None:
+        self._sum_logprob += pick.logprob
+        if pick.token == self._limits.eot:
+            self._finish()
+            return
+        self._tokens.append(pick.token)
+        self._logprobs.append(pick.logprob)
+        self._num_decoded += 1
+        num_kept = self._loops.push(pick.token)
+        if num_kept is not None:
+            self._cut(num_kept, LOOP)
+        elif self._num_decoded >= self._limits.max_new_tokens:
+            self._cut(len(self._tokens), TOKEN_CAP)
+        elif self._num_decoded % _COMPRESSION_TEST_TOKENS == 0:
+            self._test_compression()
+
+    def _finish(self) -> None:
+        self._is_finished = True
+        self._test_compression()
+        no_speech = self._start.no_speech_probability if self._start is not None else 0.0
+        if is_silence(no_speech, self.average_logprob, self._limits.guards):
+            self._cut(0, SILENCE)
+
+    def _test_compression(self) -> None:
+        if is_repetitive(self._decode(self._tokens), self._limits.guards):
+            texts = [self._decode(self._tokens[: i + 1]) for i in range(len(self._tokens))]
+            self._cut(num_tokens_before_repetition(texts, self._limits.guards), COMPRESSION)
+
+    def _cut(self, num_kept: int, guard: str) -> None:
+        del self._tokens[num_kept:], self._logprobs[num_kept:]
+        self._guard = guard
+        self._is_finished = True
+
+
+def _text_only(draft: Sequence[int], limits: Limits) -> list[int]:
+    """Return the start of `draft` up to what cannot be text or would pass the cap; the rest could never be accepted."""
+    tokens: list[int] = []
+    for token in draft[: limits.max_new_tokens]:
+        if not 0 <= token < limits.eot:
+            break
+        tokens.append(token)
+    return tokens

@@ -1,0 +1,149 @@
+"""Whisper's decoder as a runner of the decode engine: picks, suppressed tokens, start readings, leases."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pipeline.decode.embeddings_to_hypotheses import DecoderParts
+from pipeline.decode.kv_cache import Lease
+from pipeline.decode.runner import Pick, Row, RowResult, StartReading, TimedText
+from pipeline.errors import StageError
+from pipeline.items import Word
+from pipeline.models.device import choose_device
+from pipeline.models.weights import ModelParams
+from pipeline.models.whisper.alignment import SAMPLES_PER_POSITION, token_times, words_from_times
+from pipeline.models.whisper.checkpoint import WhisperCheckpoint, load_checkpoint
+from pipeline.models.whisper.decoder import WhisperDecoder
+from pipeline.models.whisper.prompts import WhisperPrompter
+from pipeline.models.whisper.tokenizer import WhisperTokenizer, load_tokenizer
+
+_CAPACITY_STEP = 64
+
+
+class WhisperRunner:
+    """Implements `pipeline.decode.runner.DecodeRunner`. All arithmetic is float32, every row exact (decoder.py)."""
+
+    def __init__(
+        self,
+        checkpoint: WhisperCheckpoint,
+        tokenizer: WhisperTokenizer,
+        num_slots: int,
+        *,
+        max_context_positions: int | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        config = checkpoint.config
+        self._device = device or torch.device("cpu")
+        self._decoder = WhisperDecoder(
+            checkpoint, num_slots, max_context_positions or config.max_source_positions, self._device
+        )
+        self._tokenizer = tokenizer
+        self._no_speech = tokenizer.no_speech
+        self._languages = torch.tensor(tokenizer.language_tokens, dtype=torch.int64, device=self._device)
+        # Of all special tokens and timestamps, only end-of-text may be picked; it is the first of them.
+        self._num_pickable = tokenizer.eot + 1
+        self._suppressed = self._tokens(config.suppress_tokens)
+        self._suppressed_at_begin = self._tokens((*config.suppress_tokens, *config.begin_suppress_tokens))
+        self.num_slots = num_slots
+        self.max_tokens = config.max_target_positions
+        self.max_context_positions = max_context_positions or config.max_source_positions
+        self.context_width = config.width
+        # A token takes attention, twice, and an MLP of every layer; a position of context two projections.
+        self.context_positions_per_token = max(1, (6 * config.width + 2 * config.decoder_ffn) // (2 * config.width))
+
+    def open(self, slot: int, embeddings: NDArray[np.float32], num_tokens: int) -> Lease:
+        """Lease `slot` and project `embeddings` to its context keys and values.
+
+        Raises:
+            ValueError: if either does not fit the slot.
+        """
+        capacity = min(self.max_tokens, math.ceil(num_tokens / _CAPACITY_STEP) * _CAPACITY_STEP)
+        with torch.inference_mode():
+            # Copied: what arrives from another process may be read-only, which torch warns of.
+            return self._decoder.open(slot, torch.tensor(embeddings, device=self._device), capacity)
+
+    def close(self, lease: Lease) -> None:
+        """End `lease`."""
+        self._decoder.memory.close(lease)
+
+    def run(self, rows: Sequence[Row]) -> list[RowResult]:
+        """Run all `rows` in one forward pass; logits are computed for the wanted tokens only.
+
+        Raises:
+            StageError: if logits are not finite.
+        """
+        with torch.inference_mode():
+            hidden = self._decoder.forward(rows)
+            wanted, start = [], 0
+            for row in rows:
+                wanted += [start] if row.reads_start else []
+                wanted += range(start + row.pick_from, start + len(row.tokens))
+                start += len(row.tokens)
+            if not wanted:
+                return [RowResult((), None) for _ in rows]
+            logits = self._decoder.logits(hidden[wanted]) if len(wanted) < start else self._decoder.logits(hidden)
+            return self._results(rows, logits)
+
+    def words(self, lease: Lease, text: TimedText, num_audio_samples: int) -> tuple[Word, ...]:
+        """Return the words of `text` with times from the alignment heads' attention over the real audio."""
+        if not text.tokens:
+            return ()
+        num_positions = min(lease.num_context_positions, max(1, math.ceil(num_audio_samples / SAMPLES_PER_POSITION)))
+        with torch.inference_mode():
+            num_tokens = len(text.prompt) + len(text.tokens)
+            attention = self._decoder.attention(lease, num_tokens, num_positions).cpu().numpy()
+        times = token_times(attention, len(text.prompt))
+        words = self._tokenizer.split_to_words(text.tokens, text.language)
+        return words_from_times(words, times, text.logprobs, num_audio_samples)
+
+    def _results(self, rows: Sequence[Row], logits: Tensor) -> list[RowResult]:
+        results, index = [], 0
+        for row in rows:
+            start = None
+            if row.reads_start:
+                start = self._read_start(logits[index])
+                index += 1
+            num_picks = len(row.tokens) - row.pick_from
+            picks = [self._pick(logits[index + i], is_begin=row.is_begin and i == 0) for i in range(num_picks)]
+            index += num_picks
+            results.append(RowResult(tuple(picks), start))
+        return results
+
+    def _pick(self, logits: Tensor, *, is_begin: bool) -> Pick:
+        # One row at a time: a reduction over many rows may be split otherwise among threads than that of one.
+        allowed = logits[: self._num_pickable].clone()
+        allowed[self._suppressed_at_begin if is_begin else self._suppressed] = -torch.inf
+        token = int(allowed.argmax())
+        logprob = float(allowed[token] - allowed.logsumexp(0))
+        if not math.isfinite(logprob):
+            raise StageError("the decoder's logits are not finite; its input is unusable")
+        return Pick(token, logprob)
+
+    def _read_start(self, logits: Tensor) -> StartReading:
+        probability = float((logits[self._no_speech] - logits.logsumexp(0)).exp())
+        if not math.isfinite(probability):
+            raise StageError("the decoder's logits are not finite; its input is unusable")
+        languages = dict(zip(self._languages.tolist(), logits[self._languages].tolist(), strict=True))
+        return StartReading(probability, languages)
+
+    def _tokens(self, tokens: Sequence[int]) -> Tensor:
+        pickable = sorted({token for token in tokens if token < self._num_pickable})
+        return torch.tensor(pickable, dtype=torch.int64, device=self._device)
+
+
+def load_parts(model: ModelParams, num_slots: int) -> DecoderParts:
+    """Read the decoder and the tokenizer of `model`; return them on the device that it asks for.
+
+    Raises:
+        WeightsHashError: if a pinned file is not the right one.
+        ModelError: if the checkpoint is missing or unusable.
+    """
+    tokenizer = load_tokenizer(model)
+    runner = WhisperRunner(load_checkpoint(model, "decoder"), tokenizer, num_slots, device=choose_device(model))
+    return DecoderParts(runner, WhisperPrompter(tokenizer))
