@@ -15,15 +15,12 @@ import time
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from actors.threads import choose_num_threads
+from pipeline.decode.embeddings_to_hypotheses import DecodeEngine, DecoderParams
 from pipeline.errors import StageUnavailable
 from pipeline.items import DecodeRequest, Embeddings, Failure, FailureKind, Outcome, SnapshotKey, Task
 from pipeline.models.weights import ModelParams
-
-if TYPE_CHECKING:
-    from pipeline.decode.embeddings_to_hypotheses import DecodeEngine, DecoderParams
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +98,8 @@ class Decoder:
             ModelError: if the model cannot be loaded.
         """
         self._inbox: queue.Queue[_Command] = queue.Queue(maxsize=4 * MAX_REQUESTS)
-        self._room = asyncio.Semaphore(MAX_REQUESTS)
+        # Never more than the engine lets wait: what it refuses would have to be sent again.
+        self._room = asyncio.Semaphore(min(MAX_REQUESTS, params.scheduler.max_waiting))
         self._broken: str | None = None
         self._stepping_since: float | None = None
         self._is_closed = False
@@ -275,7 +273,6 @@ def _post(reply: _Reply, outcome: Outcome) -> None:
 def _load(model: ModelParams, params: DecoderParams) -> tuple[DecodeEngine, DecoderInfo]:
     # Torch is imported here, in the thread that will use it: see the module's docstring.
     import torch  # noqa: PLC0415
-    from pipeline.decode.embeddings_to_hypotheses import DecodeEngine  # noqa: PLC0415
 
     num_threads = choose_num_threads(model.decoder_threads, "decoder")
     torch.set_num_threads(num_threads)

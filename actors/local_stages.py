@@ -9,7 +9,6 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
-from typing import TYPE_CHECKING
 
 from actors.audio_encoder import AudioEncoder
 from actors.decoder import Decoder
@@ -17,12 +16,10 @@ from actors.dispatch import CostModel, DispatchParams
 from actors.metrics import Metrics
 from actors.stage_driver import StageDriver, request_of, stages_info
 from pipeline.audio.encoder_window import EncoderParams
+from pipeline.decode.embeddings_to_hypotheses import DecoderParams
 from pipeline.errors import StageUnavailable
 from pipeline.items import Outcome, Snapshot
 from pipeline.models.weights import ModelParams
-
-if TYPE_CHECKING:
-    from pipeline.decode.embeddings_to_hypotheses import DecoderParams
 
 logger = logging.getLogger(__name__)
 

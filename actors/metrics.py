@@ -34,7 +34,9 @@ class Metrics:
         self.superseded = self._counter("surtitle_superseded", "Partials overtaken before they were sent")
         self.retries = self._counter("surtitle_retries", "Finals submitted again after a stage was lost")
         self.stage_losses = self._counter("surtitle_stage_losses", "Calls lost with a stage")
-        self.duplicates = self._counter("surtitle_duplicates", "Entries that the store held already")
+        self.duplicates = Gauge(
+            "surtitle_duplicates", "Entries that the store held already, since the start", registry=self.registry
+        )
         self.queue_wait_ms = self._histogram("surtitle_queue_wait_ms", "From submission to the call that carries it")
         self.encode_ms = self._histogram(
             "surtitle_encode_ms", "One encoder call, its wait for the call before it included"

@@ -1,8 +1,8 @@
 """`Stages` over Ray Serve deployments (docs/decisions/0003-how-calls-reach-replicas.md).
 
 A replica is chosen first (`choose_replica` reserves a place on it) and only then is it decided what goes along, so the
-freshest snapshots travel. The encoder's answer is passed to the decoder as a reference before it exists: the arrays go from
-replica to replica in shared memory. The decoder answers as a stream.
+freshest snapshots travel. The encoder's answer is passed to the decoder as a reference before it exists: the arrays go
+from replica to replica in shared memory. The decoder answers as a stream.
 """
 
 from __future__ import annotations

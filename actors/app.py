@@ -1,0 +1,249 @@
+"""The graph, once: the Ray cluster, the Serve applications and the gateway actor.
+
+    gateway actor (sessions, publisher, HTTP) ── AudioEncoder deployment ── Decoder deployment
+
+Everything starts concurrently: the gateway's process and the replicas load while the others do.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from actors.settings import Settings
+from actors.threads import COMPUTE_ENVIRONMENT
+from pipeline.errors import ServiceError
+
+if TYPE_CHECKING:
+    from actors.gateway import GatewayInfo
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[str], None]
+"""Told what is being done now, in a few words for people."""
+
+GATEWAY_NAME = "surtitle-gateway"
+NAMESPACE = "surtitle"
+
+_REPLICA_CPUS = 0.1  # bookkeeping only: the models' threads are set in model.encoder_threads and decoder_threads
+_DECODER_MAX_CALLS = 64
+_RAY_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # Ray would run its workers at nice 15: whatever else the machine does would come before the captions.
+    "RAY_worker_niceness": "0",
+    # The gateway is asynchronous: a router thread of its own would only add a hop to every call.
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+    "RAY_SERVE_LOG_TO_STDERR": "0",
+    "RAY_AUTH_MODE": "token",
+}
+
+
+class RayApp:
+    """A running service on Ray: `start`, then `gateway` is the handle of its actor, then `stop`."""
+
+    def __init__(self, settings: Settings, progress: Progress | None = None) -> None:
+        self._settings = settings
+        self._progress = progress or (lambda _text: None)
+        self._temp_dir: Path | None = None
+        self._is_own_cluster = settings.ray.address is None
+        self._serves_here = False
+        self.gateway: Any = None
+
+    def start(self, *, serves_http: bool = False) -> GatewayInfo:
+        """Start or join the cluster, deploy both stages and the gateway; return when streams can be started.
+
+        Blocks for seconds. After an error, call `stop`.
+
+        Raises:
+            ServiceError: if the cluster, a stage or the door does not start.
+            ModelError: if the weights cannot be used.
+            StoreError: if Redis cannot be used.
+        """
+        self._progress("starting Ray")
+        self._start_ray()
+        self._progress("starting the gateway")
+        # The actor's process imports its modules while Serve's controller starts.
+        self.gateway = self._create_gateway()
+        self._progress("deploying the stages")
+        self._deploy()
+        ready = self.gateway.start.remote(serves_http=serves_http)
+        self._progress("loading the models")
+        return self._await_gateway(ready)
+
+    def stop(self) -> None:
+        """Take the applications and the gateway down, and the cluster if it is this process's own. Idempotent."""
+        import ray  # noqa: PLC0415 - see _start_ray
+        from ray import serve  # noqa: PLC0415
+
+        if not ray.is_initialized():
+            return
+        if self._is_own_cluster:
+            # The processes of an own cluster end with it; taking them down one by one would only take longer.
+            ray.shutdown()
+        else:
+            if self.gateway is not None:
+                ray.kill(self.gateway)
+            from actors.serve_stages import DECODER_APP, ENCODER_APP  # noqa: PLC0415
+
+            for name in (ENCODER_APP, DECODER_APP):
+                serve.delete(name, _blocking=False)
+            ray.shutdown()
+        self.gateway = None
+        if self._temp_dir is not None:
+            shutil.rmtree(self._temp_dir, ignore_errors=True)
+            self._temp_dir = None
+
+    def _start_ray(self) -> None:
+        params = self._settings.ray
+        environment = dict(_RAY_ENVIRONMENT)
+        if self._is_own_cluster:
+            # A token for this cluster alone, which is written nowhere; its processes inherit it.
+            environment["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+        else:
+            del environment["RAY_AUTH_MODE"]  # an existing cluster has its own mode and token
+        for name, value in (environment | COMPUTE_ENVIRONMENT).items():
+            os.environ.setdefault(name, value)
+
+        # Ray reads its environment when it is imported.
+        import ray  # noqa: PLC0415
+
+        try:
+            if not self._is_own_cluster:
+                ray.init(address=params.address, namespace=NAMESPACE, log_to_driver=False, logging_level="ERROR")
+                return
+            ray.init(
+                address="local",
+                namespace=NAMESPACE,
+                num_cpus=params.num_cpus or len(os.sched_getaffinity(0)),
+                num_gpus=None,
+                include_dashboard=False,
+                object_store_memory=params.object_store_mb * 2**20,
+                log_to_driver=False,
+                logging_level="ERROR",
+                _temp_dir=str(self._choose_temp_dir()),
+            )
+        except (ConnectionError, OSError, RuntimeError, ValueError, TimeoutError) as exc:
+            where = params.address or "on this machine"
+            raise ServiceError(f"Ray did not start {where}: {_last_line(exc)}") from exc
+
+    def _choose_temp_dir(self) -> Path:
+        if self._settings.ray.temp_dir is not None:
+            return self._settings.ray.temp_dir
+        # /tmp whatever TMPDIR says: the paths of Ray's Unix sockets may have 107 bytes at most.
+        self._temp_dir = Path(tempfile.mkdtemp(prefix="surtitle-", dir="/tmp"))
+        return self._temp_dir
+
+    def _create_gateway(self) -> Any:
+        import ray  # noqa: PLC0415 - see _start_ray
+
+        from actors.gateway import Gateway  # noqa: PLC0415 - it needs Redis and media libraries, commands may not
+
+        options: dict[str, Any] = {"name": GATEWAY_NAME, "num_cpus": 0, "max_restarts": 0, "max_concurrency": 10_000}
+        if not self._is_own_cluster:
+            options["runtime_env"] = {"env_vars": _RAY_ENVIRONMENT_OF_WORKERS}
+        try:
+            return ray.remote(Gateway).options(**options).remote(self._settings)
+        except ValueError as exc:
+            raise ServiceError(
+                f"the cluster at {self._settings.ray.address} runs a gateway {GATEWAY_NAME!r} already: stop it first"
+            ) from exc
+
+    def _deploy(self) -> None:
+        from ray import serve  # noqa: PLC0415 - see _start_ray
+
+        from actors.audio_encoder import AudioEncoder  # noqa: PLC0415
+        from actors.decoder import Decoder  # noqa: PLC0415
+        from actors.serve_stages import DECODER, DECODER_APP, ENCODER, ENCODER_APP  # noqa: PLC0415
+
+        settings = self._settings
+        encoder = serve.deployment(AudioEncoder).options(
+            name=ENCODER,
+            num_replicas=settings.ray.num_encoder_replicas,
+            max_ongoing_requests=settings.dispatch.max_calls_per_replica,
+            **self._deployment_options(),
+        )
+        decoder = serve.deployment(Decoder).options(
+            name=DECODER,
+            num_replicas=settings.ray.num_decoder_replicas,
+            max_ongoing_requests=_DECODER_MAX_CALLS,
+            **self._deployment_options(),
+        )
+        serve.start(proxy_location="Disabled")
+        targets = [
+            serve.RunTarget(encoder.bind(settings.model, settings.encoder), name=ENCODER_APP, route_prefix=None),
+            serve.RunTarget(decoder.bind(settings.model, settings.decoder), name=DECODER_APP, route_prefix=None),
+        ]
+        serve.run_many(targets, wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
+
+    def _deployment_options(self) -> dict[str, Any]:
+        actor_options: dict[str, Any] = {"num_cpus": _REPLICA_CPUS}
+        if self._settings.ray.num_gpus_per_replica:
+            actor_options["num_gpus"] = self._settings.ray.num_gpus_per_replica
+        if not self._is_own_cluster:
+            actor_options["runtime_env"] = {"env_vars": _RAY_ENVIRONMENT_OF_WORKERS}
+        return {
+            "ray_actor_options": actor_options,
+            "health_check_period_s": self._settings.ray.health_check_period_s,
+            "graceful_shutdown_timeout_s": 10.0,
+            "graceful_shutdown_wait_loop_s": 0.5,
+            "max_constructor_retry_count": 2,
+            # When every replica is busy the router asks again after this long; Serve's 25 to 500 ms would be idle time.
+            "request_router_config": {"initial_backoff_s": 0.005, "backoff_multiplier": 2.0, "max_backoff_s": 0.02},
+            "logging_config": {"log_level": "WARNING", "enable_access_log": False},
+        }
+
+    def _await_gateway(self, ready: Any) -> GatewayInfo:
+        """Wait for the gateway's start, and look meanwhile whether a stage has failed for good."""
+        import ray  # noqa: PLC0415 - see _start_ray
+        from ray.exceptions import RayActorError, RayTaskError  # noqa: PLC0415
+
+        deadline = time.monotonic() + self._settings.service.start_timeout_s
+        while time.monotonic() < deadline:
+            done, _ = ray.wait([ready], timeout=1.0)
+            if done:
+                try:
+                    info: GatewayInfo = ray.get(ready)
+                except RayTaskError as exc:
+                    raise exc.cause from None
+                except RayActorError as exc:
+                    raise ServiceError(f"the gateway died while starting: {_last_line(exc)}") from exc
+                return info
+            _raise_if_failed()
+        raise ServiceError(
+            f"the stages did not start within service.start_timeout_s = {self._settings.service.start_timeout_s:.0f} s"
+        )
+
+
+_RAY_ENVIRONMENT_OF_WORKERS = {
+    **COMPUTE_ENVIRONMENT,
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+}
+
+
+def _raise_if_failed() -> None:
+    from ray import serve  # noqa: PLC0415 - see RayApp._start_ray
+
+    for name, application in serve.status().applications.items():
+        if application.status in ("DEPLOY_FAILED", "UNHEALTHY"):
+            messages = [deployment.message for deployment in application.deployments.values() if deployment.message]
+            reason = _error_line(messages[0] if messages else application.message)
+            raise ServiceError(f"{name} did not start: {reason}")
+
+
+def _error_line(message: str) -> str:
+    """Return the last line of the traceback in a deployment's message: that is where the reason stands."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    errors = [line for line in lines if ("Error: " in line or "Exception: " in line) and not line.startswith("File")]
+    return (errors or lines or ["no reason was given"])[-1]
+
+
+def _last_line(exc: BaseException) -> str:
+    lines = str(exc).strip().splitlines()
+    return lines[-1] if lines else type(exc).__name__
