@@ -1,0 +1,220 @@
+"""A media file as a live source: decoded in a process of its own, delivered in real time or as fast as it is taken.
+
+Decoders are the largest attack surface of the service and crash on some files, so they run where a crash ends one
+stream only (`ingest.worker`). The pipe between the two holds back the decoder when nobody takes the sound.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import sys
+from asyncio.subprocess import DEVNULL, PIPE, Process
+from collections import deque
+from enum import StrEnum
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import ingest
+from ingest.source import AudioBlock, AudioParams, SourceGap, SourceInfo, SourceItem
+from ingest.wire import Ended, Failed, FailureKind, Message, Opened, WireError, WireParser
+from pipeline.errors import MediaError, SourceNotFound
+from pipeline.timebase import SAMPLE_RATE_HZ
+
+OPEN_TIMEOUT_S = 30.0
+_READ_BYTES = 1 << 16
+_ROOT = str(Path(ingest.__file__).parent.parent)
+
+
+class Pace(StrEnum):
+    """How fast a file is played."""
+
+    REALTIME = "realtime"  # sound comes when it would have been spoken
+    FAST = "fast"  # sound comes as fast as it is taken
+
+
+class ContainerSource:
+    """Plays the first audio track of a local media file.
+
+    In real time a block is delivered when its last sample is due on a schedule that starts with the first block taken,
+    so delays do not add up; whoever takes blocks late gets them at once until the schedule is reached again.
+
+    Args:
+        location: path of the file.
+        params: how to normalise, and what to refuse.
+        pace: see `Pace`.
+    """
+
+    def __init__(self, location: str | Path, params: AudioParams | None = None, pace: Pace = Pace.REALTIME) -> None:
+        self._location = str(location)
+        self._params = params or AudioParams()
+        self._pace = pace
+        self._process: Process | None = None
+        self._parser = WireParser()
+        self._messages: deque[Message] = deque()
+        self._info: SourceInfo | None = None
+        self._num_nonfinite: int | None = None
+        self._has_ended = False
+        self._starts_at: float | None = None
+        self._position = 0
+
+    @property
+    def info(self) -> SourceInfo:
+        """What was found.
+
+        Raises:
+            RuntimeError: before `__aenter__`.
+        """
+        if self._info is None:
+            raise RuntimeError("the source is not open: use `async with`")
+        return self._info
+
+    @property
+    def num_nonfinite(self) -> int | None:
+        """How many samples were NaN or infinite and became zero; None until the end of the media."""
+        return self._num_nonfinite
+
+    @property
+    def worker_pid(self) -> int | None:
+        """The process that decodes, while there is one."""
+        return None if self._process is None or self._process.returncode is not None else self._process.pid
+
+    async def __aenter__(self) -> Self:
+        """Open the file.
+
+        Raises:
+            SourceNotFound: there is no such file.
+            MediaError: it cannot be read, or is not usable sound.
+        """
+        if self._process is not None:
+            raise RuntimeError("a source is opened once: make a new one")
+        if "://" in self._location:
+            scheme = self._location.partition("://")[0]
+            raise MediaError(f"{scheme} addresses cannot be played: name a local media file")
+        try:
+            await self._start_worker()
+            self._info = await self._opening()
+        except BaseException:
+            await self._stop_worker()
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """End the decoder process."""
+        await self._stop_worker()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> SourceItem:
+        """Return the next item when it is due.
+
+        Raises:
+            StopAsyncIteration: the media has ended.
+            MediaError: it turned out to be unusable, or the decoder process died.
+        """
+        if self._has_ended:
+            raise StopAsyncIteration
+        try:
+            item = await self._next_message()
+        except MediaError:
+            self._has_ended = True
+            raise
+        match item:
+            case AudioBlock(samples):
+                await self._wait_until_due(samples.shape[1])
+                return item
+            case SourceGap(num_samples):
+                await self._wait_until_due(num_samples)
+                return item
+            case Ended(num_nonfinite):
+                self._has_ended = True
+                self._num_nonfinite = num_nonfinite
+                raise StopAsyncIteration
+            case _:
+                self._has_ended = True
+                raise MediaError(f"the decoder process sent nonsense: {type(item).__name__} in the middle")
+
+    async def _opening(self) -> SourceInfo:
+        try:
+            async with asyncio.timeout(OPEN_TIMEOUT_S):
+                first = await self._next_message()
+        except TimeoutError as error:
+            raise MediaError(f"the file could not be opened within {OPEN_TIMEOUT_S:.0f} s") from error
+        if not isinstance(first, Opened):
+            raise MediaError(f"the decoder process sent nonsense: {type(first).__name__} came first")
+        return first.info
+
+    async def _start_worker(self) -> None:
+        # nothing of the parent's environment, where credentials may be, is handed on
+        environment = {"PYTHONPATH": _ROOT, "LANG": "C.UTF-8", "OPENBLAS_NUM_THREADS": "1", "PATH": os.defpath}
+        self._process = await asyncio.create_subprocess_exec(
+            sys.executable, "-P", "-m", "ingest.worker", stdin=PIPE, stdout=PIPE, stderr=DEVNULL, env=environment
+        )
+        request = {
+            "location": self._location,
+            "params": self._params.model_dump(mode="json"),
+            "parent_pid": os.getpid(),
+        }
+        # a worker that died before it read this does not answer, which is told where the answer is read
+        with contextlib.suppress(ConnectionError):
+            await _send(self._process, json.dumps(request).encode())
+
+    async def _stop_worker(self) -> None:
+        process = self._process
+        if process is None:
+            return
+        if process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+        await process.wait()
+
+    async def _next_message(self) -> Message:
+        """Return the next message.
+
+        Raises:
+            MediaError: if it is a failure or no message at all, or the process ended without saying so.
+        """
+        process = self._process
+        if process is None or process.stdout is None:
+            raise RuntimeError("the source is not open: use `async with`")
+        while not self._messages:
+            data = await process.stdout.read(_READ_BYTES)
+            if not data:
+                status = await process.wait()
+                cause = f"killed by signal {-status}" if status < 0 else f"exit status {status}"
+                raise MediaError(f"the decoder process ended in the middle of the media ({cause})")
+            try:
+                self._messages.extend(self._parser.feed(data))
+            except WireError as error:
+                raise MediaError(f"the decoder process sent nonsense: {error}") from error
+        message = self._messages.popleft()
+        if isinstance(message, Failed):
+            raise (SourceNotFound if message.kind is FailureKind.NOT_FOUND else MediaError)(message.message)
+        return message
+
+    async def _wait_until_due(self, num_samples: int) -> None:
+        """Count `num_samples` in and, in real time, wait until the last of them would have been heard."""
+        self._position += num_samples
+        if self._pace is not Pace.REALTIME:
+            return
+        now = asyncio.get_running_loop().time()
+        if self._starts_at is None:
+            self._starts_at = now
+        wait_s = self._starts_at + self._position / SAMPLE_RATE_HZ - now
+        if wait_s > 0:
+            await asyncio.sleep(wait_s)
+
+
+async def _send(process: Process, request: bytes) -> None:
+    if process.stdin is None:
+        raise RuntimeError("the decoder process has no standard input")
+    process.stdin.write(request)
+    await process.stdin.drain()
+    process.stdin.close()
+    await process.stdin.wait_closed()
