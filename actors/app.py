@@ -53,7 +53,6 @@ class RayApp:
         self._progress = progress or (lambda _text: None)
         self._temp_dir: Path | None = None
         self._is_own_cluster = settings.ray.address is None
-        self._serves_here = False
         self.gateway: Any = None
 
     def start(self, *, serves_http: bool = False) -> GatewayInfo:
@@ -116,7 +115,7 @@ class RayApp:
 
         try:
             if not self._is_own_cluster:
-                ray.init(address=params.address, namespace=NAMESPACE, log_to_driver=False, logging_level="ERROR")
+                ray.init(address=params.address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
                 return
             ray.init(
                 address="local",
@@ -126,7 +125,7 @@ class RayApp:
                 include_dashboard=False,
                 object_store_memory=params.object_store_mb * 2**20,
                 log_to_driver=False,
-                logging_level="ERROR",
+                logging_level=logging.ERROR,
                 _temp_dir=str(self._choose_temp_dir()),
             )
         except (ConnectionError, OSError, RuntimeError, ValueError, TimeoutError) as exc:
@@ -163,13 +162,14 @@ class RayApp:
         from actors.serve_stages import DECODER, DECODER_APP, ENCODER, ENCODER_APP  # noqa: PLC0415
 
         settings = self._settings
-        encoder = serve.deployment(AudioEncoder).options(
+        deployment: Any = serve.deployment
+        encoder = deployment(AudioEncoder).options(
             name=ENCODER,
             num_replicas=settings.ray.num_encoder_replicas,
             max_ongoing_requests=settings.dispatch.max_calls_per_replica,
             **self._deployment_options(),
         )
-        decoder = serve.deployment(Decoder).options(
+        decoder = deployment(Decoder).options(
             name=DECODER,
             num_replicas=settings.ray.num_decoder_replicas,
             max_ongoing_requests=_DECODER_MAX_CALLS,

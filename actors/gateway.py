@@ -18,7 +18,7 @@ from actors.metrics import Metrics
 from actors.publisher import Publisher
 from actors.session import Scheduling, Session, SessionState
 from actors.settings import Settings
-from actors.spec import StreamSpec, StreamStatus, make_stream_id
+from actors.spec import StreamSpec, StreamState, StreamStatus, make_stream_id
 from actors.stages import Stages, StagesInfo
 from actors.store import Store
 from ingest.container import ContainerSource, Pace
@@ -31,6 +31,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _MAX_STATUSES_KEPT = 256
+_STATES: dict[SessionState, StreamState] = {
+    SessionState.OPENING: "opening",
+    SessionState.LIVE: "live",
+    SessionState.CLOSING: "closing",
+    SessionState.ENDED: "ended",
+    SessionState.BROKEN: "failed",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,8 +299,12 @@ class Gateway:
 
 def _status_of(stream_id: str, running: _Running) -> StreamStatus:
     session = running.session
-    state = session.state.value if session.state is not SessionState.BROKEN else "failed"
-    return StreamStatus(stream_id=stream_id, state=state, message=session.failure or "", started_at=running.started_at)
+    return StreamStatus(
+        stream_id=stream_id,
+        state=_STATES[session.state],
+        message=session.failure or "",
+        started_at=running.started_at,
+    )
 
 
 def _now() -> str:

@@ -67,7 +67,7 @@ class ServeStages(StageDriver):
 class ServeTransport:
     """Places on encoder replicas, chosen by Serve's router among those with room."""
 
-    def __init__(self, encoder: DeploymentHandle, decoder: DeploymentHandle, max_calls: int) -> None:
+    def __init__(self, encoder: DeploymentHandle[Any], decoder: DeploymentHandle[Any], max_calls: int) -> None:
         self.max_calls = max_calls
         self._encode = encoder.options(method_name="encode")
         self._decode = decoder.options(method_name="decode", stream=True)
@@ -96,7 +96,7 @@ class ServeTransport:
 class ServeLane:
     """A reserved place on one encoder replica."""
 
-    def __init__(self, encode: DeploymentHandle, decode: DeploymentHandle, selection: Any) -> None:
+    def __init__(self, encode: DeploymentHandle[Any], decode: DeploymentHandle[Any], selection: Any) -> None:
         self._encode = encode
         self._decode = decode
         self._selection = selection
@@ -107,7 +107,7 @@ class ServeLane:
         Raises:
             StageUnavailable: if the replica is gone.
         """
-        response = self._encode.dispatch(self._selection, snapshots)
+        response: Any = self._encode.dispatch(self._selection, snapshots)
         try:
             # The reference exists as soon as the call is on its way; the router wants to be waited for until then.
             encoded = await asyncio.wait_for(response._to_object_ref(), _START_TIMEOUT_S)
@@ -150,7 +150,7 @@ class ServeCall:
             self._outcomes.cancel()
 
 
-async def _info_of(handle: DeploymentHandle) -> Any:
+async def _info_of(handle: DeploymentHandle[Any]) -> Any:
     return await handle.options(method_name="info").remote()
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any, Protocol
 
 from actors.app import Progress, RayApp
@@ -66,8 +66,8 @@ class RemoteGateway:
     async def start_stream(self, spec: StreamSpec) -> str:
         """Start captioning a source and return the stream's id."""
         if "://" not in spec.source:
-            # The actor's working directory is another one.
-            spec = spec.model_copy(update={"source": str(Path(spec.source).absolute())})
+            # The actor's working directory is another one. (This only joins texts: no I/O.)
+            spec = spec.model_copy(update={"source": os.path.abspath(spec.source)})  # noqa: ASYNC240, PTH100
         stream_id: str = await self._call("start_stream", spec)
         return stream_id
 
@@ -190,4 +190,8 @@ def _check_model(settings: Settings) -> None:
 
 def _from_thread(report: Callable[[str], None]) -> Callable[[str], None]:
     loop = asyncio.get_running_loop()
-    return lambda text: loop.call_soon_threadsafe(report, text) and None
+
+    def report_from_thread(text: str) -> None:
+        loop.call_soon_threadsafe(report, text)
+
+    return report_from_thread

@@ -16,6 +16,8 @@ from pipeline.text.transcripts_to_summaries import SummaryParams
 
 Language = Annotated[str, StringConstraints(pattern=r"^[A-Za-z]{2,3}(-[A-Za-z0-9]{2,8})*$")]
 
+StreamState = Literal["opening", "live", "closing", "ended", "failed"]
+
 
 class StreamSpec(Params):
     """A stream to start. What is not given is as in the configuration."""
@@ -73,7 +75,7 @@ class StreamStatus(Params):
     """What the gateway knows of a stream that it runs or ran."""
 
     stream_id: str
-    state: Literal["opening", "live", "closing", "ended", "failed"]
+    state: StreamState
     message: str = Field(default="", description="why it failed, if it did")
     started_at: str = Field(description="UTC, ISO 8601")
     ended_at: str | None = None
