@@ -9,8 +9,10 @@ written, so slots that short utterances use cost what those need. A slot is not 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +50,9 @@ class KvMemory:
     """
 
     def __init__(self, shape: KvShape, device: torch.device) -> None:
+        # Here and not above: processes without models import `Lease`, and torch takes seconds to import.
+        import torch  # noqa: PLC0415
+
         self.shape = shape
         leading = (shape.num_layers, shape.num_slots, shape.num_heads)
         text = (*leading, shape.max_tokens, shape.head_width)
