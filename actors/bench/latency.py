@@ -124,6 +124,12 @@ def count_lost_words(stable: Sequence[str], final: Sequence[str]) -> int:
     return min(before)
 
 
+def count_stable_words(partials: Sequence[PartialRecord], final: FinalRecord) -> tuple[int, int]:
+    """Return how many words of an utterance were ever shown as stable, and how many of them the final does not keep."""
+    longest = max(map(_stable_units, partials), key=len, default=[])
+    return len(longest), count_lost_words(longest, split_units(final.text))
+
+
 @dataclass(frozen=True, slots=True)
 class _Wall:
     """An utterance's times on the consumer's clock."""
@@ -160,9 +166,9 @@ def _measure_utterance(
         result.emission_lag_ms.append(_first_time(place, units, [*shown, whole]) - said_at_ms)
         result.stable_lag_ms.append(_first_time(place, units, [*stable, whole]) - said_at_ms)
         result.commit_lag_ms.append(final_at_ms - said_at_ms)
-    longest = max((seen for seen, _ in stable), key=len, default=[])
-    result.num_stable_words += len(longest)
-    result.num_stable_words_lost += count_lost_words(longest, units)
+    num_stable, num_lost = count_stable_words([record for record, _ in partials], final)
+    result.num_stable_words += num_stable
+    result.num_stable_words_lost += num_lost
 
 
 def _first_time(place: int, units: Sequence[str], history: Sequence[tuple[Sequence[str], float]]) -> float:

@@ -1,0 +1,72 @@
+"""What the benchmarks print for people."""
+
+from __future__ import annotations
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from actors.bench.accuracy import AccuracyReport, FileResult
+from actors.bench.wer import Difference, WordErrors
+
+_MAX_DIFFERENCES_SHOWN = 6
+
+
+def accuracy_table(report: AccuracyReport) -> RenderableType:
+    """Return a table with a row for each recording, the figures in all, and what the live path did besides words."""
+    table = Table(title=f"Word error rate, {report.model}, language {report.language}", title_justify="left")
+    for name in ("recording", "words", "live", "offline"):
+        table.add_column(name, justify="left" if name == "recording" else "right", no_wrap=True)
+    table.add_column("live differs from the reference in", overflow="fold")
+    english, others = _split(report.files)
+    for row in english:
+        _add_row(table, row)
+    live, offline = report.pooled
+    table.add_section()
+    table.add_row(
+        "English, all words", str(live.num_reference_words), _percent(live), _percent(offline), "", style="bold"
+    )
+    for rows in (report.joined, others):
+        if rows:
+            table.add_section()
+        for row in rows:
+            _add_row(table, row)
+    return Group(table, Text(_summary(report)))
+
+
+def _split(rows: tuple[FileResult, ...]) -> tuple[list[FileResult], list[FileResult]]:
+    return [row for row in rows if row.language == "en"], [row for row in rows if row.language != "en"]
+
+
+def _add_row(table: Table, row: FileResult) -> None:
+    name = row.file if row.language == "en" else f"{row.file} ({row.language})"
+    shown = [_arrow(difference) for difference in row.live_differences[:_MAX_DIFFERENCES_SHOWN]]
+    if len(row.live_differences) > _MAX_DIFFERENCES_SHOWN:
+        shown.append(f"… {len(row.live_differences) - _MAX_DIFFERENCES_SHOWN} more")
+    table.add_row(
+        Text(name), str(row.live.num_reference_words), _percent(row.live), _percent(row.offline), Text(", ".join(shown))
+    )
+
+
+def _summary(report: AccuracyReport) -> str:
+    live, offline = report.pooled
+    counts = report.to_json()["live"]
+    guarded = counts["guarded_share"] or 0.0
+    return (
+        f"live is {100 * (live.rate - offline.rate):+.2f} points from offline over the English recordings\n"
+        f"{counts['num_stable_words_lost']} of {counts['num_stable_words']} stable words were not kept by the final; "
+        f"{100 * guarded:.1f} % of {counts['num_hypotheses']} hypotheses guarded; "
+        f"{counts['num_passes']} decoder passes for {counts['num_tokens']} tokens"
+    )
+
+
+def _percent(errors: WordErrors) -> str:
+    return f"{100 * errors.rate:.1f} %"
+
+
+def _arrow(difference: Difference) -> str:
+    if not difference.hypothesis:
+        return f"-{difference.reference}"
+    if not difference.reference:
+        return f"+{difference.hypothesis}"
+    return f"{difference.reference}→{difference.hypothesis}"
