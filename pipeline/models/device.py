@@ -10,8 +10,8 @@ from pipeline.errors import ModelError
 from pipeline.models.weights import ModelParams
 
 Clock = Callable[[], float]
-"""Seconds on any steady clock (`time.perf_counter`), handed in by who owns one: only the arithmetic of partials and cost
-estimates depend on it."""
+"""Seconds on any steady clock (`time.perf_counter`), handed in by who owns one: only the arithmetic of partials and
+cost estimates depend on it."""
 
 # As `torch.cpu.get_capabilities` names them, on x86 and on ARM.
 _CPU_BFLOAT16 = ("amx_bf16", "avx512_bf16", "avx10_2", "bf16")

@@ -1,15 +1,15 @@
 """Whisper's tokenizer: text, special tokens, languages, and the words that tokens make.
 
-Splitting into words and merging punctuation follow OpenAI's `whisper/tokenizer.py` and `whisper/timing.py`, with two
-differences: no token is ever left out (bytes of an unfinished character at the end stay with the last word), and in
-languages with spaces what follows without a space stays in its word ("12.50", "e-mail"; OpenAI's gives "12" and ".50").
+Splitting into words and merging punctuation follow OpenAI's `whisper/tokenizer.py` and `whisper/timing.py`, with these
+differences: no token is ever left out (OpenAI's drops an unfinished character at the end), a token of several marks
+("),") is treated like one of a single mark, and in languages with spaces only a space starts a word ("12.50", "e-mail";
+OpenAI's gives "12" and ".50").
 """
 
 from __future__ import annotations
 
 import codecs
 import re
-import string
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,8 +25,10 @@ from pipeline.models.weights import ModelFiles, ModelParams, check_hashes, locat
 
 _LANGUAGE_TOKEN = re.compile(r"<\|([a-z]{2,3})\|>")
 _UNSPACED_LANGUAGES = frozenset({"zh", "ja", "th", "lo", "my", "yue"})
-_PREPENDED = "\"'“¿([{-"
-_APPENDED = "\"'.。,，!！?？:：”)]}、"  # noqa: RUF001 - the full-width marks are meant
+_PREPENDED = frozenset("\"'“¿([{-")
+_APPENDED = frozenset("\"'.。,，!！?？:：”)]}、")  # noqa: RUF001 - the full-width marks are meant
+_MARKS = _PREPENDED | _APPENDED
+_Group = tuple[str, list[int]]  # text of whole characters, and the indices of the tokens that make it
 # Whisper says jw for Javanese; ISO 639-1 says jv.
 _ISO_OF_WHISPER = {"jw": "jv"}
 _Utf8Decoder = codecs.getincrementaldecoder("utf-8")
@@ -127,26 +129,21 @@ class WhisperTokenizer:
         The words' texts joined are the decoded text, and every text token's index is in exactly one word; special
         tokens (from end-of-text upwards) are in none.
         """
-        words = merge_punctuation(self._split(tokens, language))
-        return words if language in _UNSPACED_LANGUAGES else _join_unspaced(words)
-
-    def _split(self, tokens: Sequence[int], language: str) -> list[WordTokens]:
         characters = self._split_on_characters(tokens)
         if language in _UNSPACED_LANGUAGES:
-            return [_untimed(text, indices) for text, indices in characters]
-        words: list[tuple[str, list[int]]] = []
-        for text, indices in characters:
-            starts_word = text.startswith(" ") or text.strip() in string.punctuation or not words
-            if starts_word:
-                words.append((text, list(indices)))
+            return merge_punctuation([_word([group]) for group in characters])
+        words: list[list[_Group]] = []
+        for group in characters:
+            if words and not group[0].startswith(" "):
+                words[-1].append(group)
             else:
-                words[-1] = (words[-1][0] + text, words[-1][1] + indices)
-        return [_untimed(text, indices) for text, indices in words]
+                words.append([group])
+        return merge_punctuation([_word(groups) for groups in words])
 
-    def _split_on_characters(self, tokens: Sequence[int]) -> list[tuple[str, list[int]]]:
+    def _split_on_characters(self, tokens: Sequence[int]) -> list[_Group]:
         """Group the tokens so that no character is cut: a group is one token, or those that share characters."""
         decoder = _Utf8Decoder(errors="replace")
-        groups: list[tuple[str, list[int]]] = []
+        groups: list[_Group] = []
         text, pending = "", []
         for index, token in enumerate(tokens):
             if token >= self.eot:
@@ -158,8 +155,7 @@ class WhisperTokenizer:
                 text, pending = "", []
         if pending:
             text += decoder.decode(b"", final=True)
-            last_text, last = groups.pop() if groups else ("", [])
-            groups.append((last_text + text, last + pending))
+            groups.append((text, pending))
         return groups
 
     def _bytes_of(self, token: int) -> bytes:
@@ -195,7 +191,7 @@ def merge_punctuation(words: Sequence[WordTokens]) -> list[WordTokens]:
     behind = len(result) - 1
     for index in range(len(result) - 2, -1, -1):
         mark = result[index]
-        if mark.text.startswith(" ") and mark.text.strip() in _PREPENDED:
+        if mark.text.startswith(" ") and _PREPENDED.issuperset(mark.text.strip()):
             word = result[behind]
             result[behind] = WordTokens(
                 mark.text + word.text, mark.token_indices + word.token_indices, word.timed_indices
@@ -206,7 +202,7 @@ def merge_punctuation(words: Sequence[WordTokens]) -> list[WordTokens]:
             behind = index
     merged: list[WordTokens] = []
     for word in result:
-        if merged and not merged[-1].text.endswith(" ") and word.text and word.text in _APPENDED:
+        if merged and not merged[-1].text.endswith(" ") and _APPENDED.issuperset(word.text):
             last = merged.pop()
             merged.append(
                 WordTokens(last.text + word.text, last.token_indices + word.token_indices, last.timed_indices)
@@ -216,21 +212,19 @@ def merge_punctuation(words: Sequence[WordTokens]) -> list[WordTokens]:
     return merged
 
 
-def _join_unspaced(words: Sequence[WordTokens]) -> list[WordTokens]:
-    joined: list[WordTokens] = []
-    for word in words:
-        if joined and not word.text.startswith(" "):
-            last = joined.pop()
-            joined.append(
-                WordTokens(
-                    last.text + word.text,
-                    last.token_indices + word.token_indices,
-                    last.timed_indices + word.timed_indices,
-                )
-            )
-        else:
-            joined.append(word)
-    return joined
+def _word(groups: Sequence[_Group]) -> WordTokens:
+    """Return the word that `groups` make; the marks at its ends do not count for its times."""
+    first, last = 0, len(groups)
+    while first < last and _MARKS.issuperset(groups[first][0].strip()):
+        first += 1
+    while first < last and _MARKS.issuperset(groups[last - 1][0].strip()):
+        last -= 1
+    inside = groups[first:last] or groups  # a word of marks only has their times
+    return WordTokens("".join(text for text, _ in groups), _indices_of(groups), _indices_of(inside))
+
+
+def _indices_of(groups: Sequence[_Group]) -> tuple[int, ...]:
+    return tuple(index for _, indices in groups for index in indices)
 
 
 def load_tokenizer(model: ModelParams) -> WhisperTokenizer:
@@ -287,7 +281,3 @@ def _added_tokens(directory: Path) -> list[tuple[str, int]]:
     if not found:
         raise ModelError(f"{directory} lists no added tokens: neither tokenizer.json, added_tokens.json nor its config")
     return sorted(found, key=lambda item: item[1])
-
-
-def _untimed(text: str, indices: list[int]) -> WordTokens:
-    return WordTokens(text, tuple(indices), tuple(indices))

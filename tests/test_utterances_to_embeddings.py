@@ -1,0 +1,234 @@
+from __future__ import annotations
+
+import itertools
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from pipeline.audio.encoder_window import EncoderCost, EncoderParams
+from pipeline.audio.utterances_to_embeddings import UtterancesToEmbeddings
+from pipeline.errors import ModelError
+from pipeline.items import Embeddings, Failure, FailureKind, Snapshot, SnapshotKey
+from pipeline.models.device import choose_device, choose_partial_dtype, has_bfloat16_units, is_bfloat16_faster
+from pipeline.models.weights import ModelParams
+from pipeline.models.whisper.checkpoint import load_checkpoint
+from pipeline.models.whisper.encoder import WhisperEncoder
+from pipeline.models.whisper.log_mel import LogMel
+from tests.tiny_whisper import save_tiny
+
+RATE_HZ = 16_000
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> ModelParams:
+    return ModelParams(name=str(save_tiny(tmp_path_factory.mktemp("tiny"))), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def stage(model: ModelParams) -> UtterancesToEmbeddings:
+    return UtterancesToEmbeddings(model, EncoderParams())
+
+
+def snapshot(num_samples: int, *, is_final: bool = False, seed: int = 0) -> Snapshot:
+    samples = (np.random.default_rng(seed).standard_normal(num_samples) * 3_000).astype(np.int16)
+    return holding(samples, is_final=is_final, revision=seed + 1)
+
+
+def holding(samples: np.ndarray, *, is_final: bool = False, revision: int = 1) -> Snapshot:
+    return Snapshot(SnapshotKey("s", 1, revision), 0, is_final, 0, samples, None, (), (), ())
+
+
+@pytest.mark.parametrize(
+    ("num_samples", "window_s"),
+    [(1, 3), (16_000, 3), (16_001, 4), (32_000, 4), (28 * 16_000, 30), (28 * 16_000 + 1, 30), (30 * 16_000, 30)],
+)
+def test_the_window_is_the_utterance_and_2_to_3_s_of_silence(num_samples: int, window_s: int) -> None:
+    assert EncoderParams().window_samples(num_samples) == window_s * RATE_HZ
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.integers(1, 480_000),
+    st.integers(0, 5_000),
+    st.integers(2, 200).map(lambda steps: steps * 20),
+)
+def test_a_window_holds_its_utterance_and_no_more_silence_than_asked_for(
+    num_samples: int, silence_ms: int, step_ms: int
+) -> None:
+    params = EncoderParams(silence_ms=silence_ms, window_step_ms=step_ms)
+    window = params.window_samples(num_samples)
+    assert num_samples <= window <= 480_000
+    assert window % 320 == 0
+    assert window - num_samples < (silence_ms + step_ms) * 16
+    assert window == 480_000 or window - num_samples >= silence_ms * 16
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"silence_ms": -1},
+        {"window_step_ms": 50},
+        {"window_step_ms": 0},
+        {"max_window_ms": 31_000},
+        {"max_window_ms": 2_000},
+        {"silence": 3},
+    ],
+)
+def test_impossible_parameters_are_refused(values: dict[str, int]) -> None:
+    with pytest.raises(ValidationError):
+        EncoderParams.model_validate(values)
+
+
+def test_embeddings_are_the_encoders_for_the_window(stage: UtterancesToEmbeddings, model: ModelParams) -> None:
+    item = snapshot(20_000, is_final=True)
+    (embeddings,) = stage.encode([item])
+    assert isinstance(embeddings, Embeddings)
+    window = np.zeros(4 * RATE_HZ, dtype=np.float32)
+    window[:20_000] = item.samples / 32_768.0
+    expected = WhisperEncoder(load_checkpoint(model, "encoder"))(LogMel(80)(torch.from_numpy(window)[None]))[0]
+    assert (embeddings.key, embeddings.num_audio_samples) == (item.key, 20_000)
+    assert embeddings.values.dtype == np.float32
+    assert embeddings.values.flags.c_contiguous
+    assert embeddings.values.shape == (200, 32)
+    assert np.array_equal(embeddings.values, expected.numpy())
+
+
+def test_each_snapshot_gets_the_same_bits_in_a_call_and_alone(stage: UtterancesToEmbeddings) -> None:
+    lengths = [9_000, 12_000, 12_000, 30_000, 100_000, 15_000, 12_345]
+    items = [snapshot(length, is_final=seed % 3 == 0, seed=seed) for seed, length in enumerate(lengths)]
+    alone = [stage.encode([item])[0] for item in items]
+    for order in (items, items[::-1]):
+        for outcome in stage.encode(order):
+            (expected,) = [other for other in alone if other.key == outcome.key]
+            assert isinstance(outcome, Embeddings)
+            assert isinstance(expected, Embeddings)
+            assert np.array_equal(outcome.values, expected.values)
+
+
+def test_a_call_leaves_nothing_behind(stage: UtterancesToEmbeddings) -> None:
+    first = stage.encode([snapshot(20_000)])[0]
+    stage.encode([snapshot(300_000, seed=5), snapshot(480_001, seed=6)])
+    again = stage.encode([snapshot(20_000)])[0]
+    assert isinstance(first, Embeddings)
+    assert isinstance(again, Embeddings)
+    assert np.array_equal(first.values, again.values)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        np.zeros(0, dtype=np.int16),
+        np.zeros(480_001, dtype=np.int16),
+        np.zeros(16_000, dtype=np.float32),
+        np.zeros((2, 16_000), dtype=np.int16),
+    ],
+)
+def test_a_bad_snapshot_fails_alone(stage: UtterancesToEmbeddings, bad: np.ndarray) -> None:
+    good = snapshot(10_000, seed=3)
+    before, failure, after = stage.encode([good, holding(bad, revision=9), good])
+    assert isinstance(failure, Failure)
+    assert (failure.key.revision, failure.task, failure.kind) == (9, None, FailureKind.FAILED)
+    assert failure.message
+    assert isinstance(before, Embeddings)
+    assert isinstance(after, Embeddings)
+    assert np.array_equal(before.values, after.values)
+
+
+def test_values_that_are_not_finite_are_a_failure(model: ModelParams) -> None:
+    checkpoint = load_checkpoint(model, "encoder")
+    checkpoint.tensors["encoder.layer_norm.bias"][0] = float("nan")
+    stage = UtterancesToEmbeddings(model, EncoderParams(), checkpoint=checkpoint)
+    (failure,) = stage.encode([snapshot(1_000)])
+    assert isinstance(failure, Failure)
+    assert "not finite" in failure.message
+
+
+def test_an_empty_call_gives_nothing(stage: UtterancesToEmbeddings) -> None:
+    assert stage.encode([]) == []
+
+
+def test_silence_and_full_scale_are_encoded(stage: UtterancesToEmbeddings) -> None:
+    for level in (0, 32_767, -32_768):
+        (outcome,) = stage.encode([holding(np.full(16_000, level, dtype=np.int16))])
+        assert isinstance(outcome, Embeddings)
+
+
+def test_partials_may_be_bfloat16_and_finals_never_are(model: ModelParams, stage: UtterancesToEmbeddings) -> None:
+    rough = UtterancesToEmbeddings(model.model_copy(update={"partial_dtype": "bfloat16"}), EncoderParams())
+    assert (rough.partial_dtype, rough.final_dtype, rough.device) == ("bfloat16", "float32", "cpu")
+    partial, final = (rough.encode([snapshot(8_000, is_final=is_final)])[0] for is_final in (False, True))
+    exact = stage.encode([snapshot(8_000)])[0]
+    assert isinstance(partial, Embeddings)
+    assert isinstance(final, Embeddings)
+    assert isinstance(exact, Embeddings)
+    assert partial.values.dtype == np.float32
+    assert np.array_equal(final.values, exact.values)
+    assert 0 < np.abs(partial.values - exact.values).max() < 0.2
+
+
+def test_a_window_longer_than_the_models_is_refused(tmp_path: Path) -> None:
+    short = ModelParams(name=str(save_tiny(tmp_path, max_source_positions=500)), device="cpu")
+    with pytest.raises(ModelError, match="at most 10000 ms"):
+        UtterancesToEmbeddings(short, EncoderParams())
+    assert UtterancesToEmbeddings(short, EncoderParams(max_window_ms=10_000)).config.max_source_positions == 500
+
+
+def test_cuda_that_is_not_there_is_refused() -> None:
+    if torch.cuda.is_available():
+        assert choose_device(ModelParams()).type == "cuda"
+    else:
+        with pytest.raises(ModelError, match="no CUDA device"):
+            choose_device(ModelParams(device="cuda"))
+
+
+class Ticks:
+    """A clock that goes on by one given step at each look."""
+
+    def __init__(self, steps_s: list[float]) -> None:
+        self._steps = itertools.cycle(steps_s)
+        self._now_s = 0.0
+
+    def __call__(self) -> float:
+        self._now_s += next(self._steps)
+        return self._now_s
+
+
+def test_bfloat16_is_chosen_only_where_it_is_clearly_faster() -> None:
+    # Two looks for each product, three products for each dtype, float32 first.
+    fast, slow = [0.0, 0.010], [0.0, 0.030]
+    assert is_bfloat16_faster(CPU, Ticks(slow * 3 + fast * 3))
+    assert not is_bfloat16_faster(CPU, Ticks(fast * 3 + slow * 3))
+    assert not is_bfloat16_faster(CPU, Ticks(fast * 6))
+
+
+def test_a_machine_without_bfloat16_arithmetic_computes_in_float32() -> None:
+    if not has_bfloat16_units(CPU):
+        assert choose_partial_dtype(ModelParams(), CPU, time.perf_counter) == torch.float32
+    assert choose_partial_dtype(ModelParams(), CPU) == torch.float32
+    assert choose_partial_dtype(ModelParams(partial_dtype="bfloat16"), CPU) == torch.bfloat16
+
+
+def test_costs_grow_with_the_window_and_follow_the_measurement(model: ModelParams) -> None:
+    costs = [
+        UtterancesToEmbeddings(model, EncoderParams(), clock=Ticks([0.0, took_s])).cost for took_s in (0.010, 0.020)
+    ]
+    for cost, took_ms in zip(costs, (10.0, 20.0), strict=True):
+        assert cost.estimate_ms(1) == pytest.approx(took_ms + cost.ms_per_window)
+    estimates = [costs[0].estimate_ms(seconds * RATE_HZ) for seconds in range(1, 28)]
+    assert estimates == sorted(estimates)
+    assert costs[0].estimate_ms(0) == costs[0].estimate_ms(10**9) == 0.0
+
+
+def test_a_cost_model_and_parameters_need_no_torch() -> None:
+    script = "import sys, pipeline.audio.encoder_window, pipeline.models.weights; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+    assert EncoderCost(EncoderParams(), 1.0, 10.0, 1.0).estimate_ms(16_000) == 1.0 + 3 * (10.0 + 3 * 1.0)
