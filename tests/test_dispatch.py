@@ -1,0 +1,274 @@
+"""The dispatch policy: what goes into the next call, and what becomes of what was lost."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from actors.dispatch import CostModel, DispatchParams, DispatchQueue
+from pipeline.items import TRANSCRIBE, Failure, FailureKind, Snapshot, SnapshotKey, Task, TaskKind
+
+ENGLISH = Task(TaskKind.TRANSLATE, "en")
+
+
+def snapshot(
+    utterance: int = 1, revision: int = 1, *, is_final: bool = False, num_samples: int = 16_000, stream: str = "a"
+) -> Snapshot:
+    return Snapshot(
+        key=SnapshotKey(stream, utterance, revision),
+        channel=0,
+        is_final=is_final,
+        start_sample=0,
+        samples=np.zeros(num_samples, np.int16),
+        language="en",
+        languages=(),
+        draft=(),
+        tasks=(TRANSCRIBE, ENGLISH) if is_final else (TRANSCRIBE,),
+    )
+
+
+def queue_of(*snapshots: Snapshot, **params: float) -> DispatchQueue:
+    """A queue in which a second of sound costs 100 ms."""
+    queue = DispatchQueue(DispatchParams.model_validate(params), lambda num_samples: num_samples / 160)
+    for item in snapshots:
+        assert queue.add(item, now_ms=0) == []
+    return queue
+
+
+def answer_all(queue: DispatchQueue, *sent: Snapshot) -> None:
+    for item in sent:
+        queue.answer(Failure(item.key, None, FailureKind.FAILED, "answered"))
+
+
+def test_finals_go_before_partials_and_both_in_the_order_of_arrival() -> None:
+    first, second = snapshot(1), snapshot(2)
+    third, fourth = snapshot(3, is_final=True), snapshot(4, is_final=True)
+    queue = queue_of(first, second, third, fourth, max_work_ms=1_000)
+    assert queue.take() == [third, fourth, first, second]
+
+
+def test_a_call_holds_as_much_work_as_is_asked_for_but_at_least_one_snapshot() -> None:
+    long = snapshot(1, is_final=True, num_samples=160_000)
+    short = [snapshot(number, is_final=True) for number in (2, 3, 4)]
+    queue = queue_of(long, *short, max_work_ms=250)
+    assert queue.take() == [long]
+    assert queue.take() == short[:2]
+    assert queue.take() == short[2:]
+
+
+def test_a_newer_partial_replaces_the_one_that_waits_and_keeps_its_place() -> None:
+    old, other, new = snapshot(1, 1), snapshot(2, 1), snapshot(1, 2)
+    queue = queue_of(old, other, max_work_ms=150)
+    [failure] = queue.add(new, now_ms=1)
+    assert (failure.key, failure.kind) == (old.key, FailureKind.SUPERSEDED)
+    assert queue.take() == [new]
+
+
+def test_the_final_replaces_the_partial_that_waits() -> None:
+    partial, final = snapshot(1, 1), snapshot(1, 2, is_final=True)
+    queue = queue_of(partial)
+    assert [failure.key for failure in queue.add(final, now_ms=1)] == [partial.key]
+    assert queue.take() == [final]
+    assert not queue.can_take()
+
+
+def test_only_one_partial_of_an_utterance_is_in_flight_but_its_final_may_follow_at_once() -> None:
+    first, second, final = snapshot(1, 1), snapshot(1, 2), snapshot(1, 3, is_final=True)
+    queue = queue_of(first)
+    assert queue.take() == [first]
+    queue.add(second, now_ms=1)
+    assert queue.take() == []
+    queue.add(final, now_ms=2)
+    assert queue.take() == [final]
+
+
+def test_a_final_lost_in_company_is_sent_again_alone_with_only_its_open_tasks() -> None:
+    final, other, partial = snapshot(1, is_final=True), snapshot(2, is_final=True), snapshot(3)
+    queue = queue_of(final, other, partial, max_work_ms=1_000)
+    sent = queue.take()
+    queue.answer(Failure(final.key, TRANSCRIBE, FailureKind.FAILED, "one task is answered"))
+    [failure] = queue.lose([item.key for item in sent], 10, "replica died")
+    assert (failure.key, failure.kind) == (partial.key, FailureKind.UNAVAILABLE)
+    [again] = queue.take()
+    assert (again.key, again.tasks) == (final.key, (ENGLISH,))
+    assert queue.take() == [], "a suspect is alone in flight"
+    answer_all(queue, again)
+    assert [item.key for item in queue.take()] == [other.key]
+
+
+def test_a_snapshot_that_kills_two_stages_alone_is_given_up() -> None:
+    poison = snapshot(1, is_final=True)
+    queue = queue_of(poison, max_kills=2)
+    queue.take()
+    assert queue.lose([poison.key], 10, "died") == []
+    queue.take()
+    [failure] = queue.lose([poison.key], 20, "died")
+    assert failure.kind is FailureKind.FAILED
+    assert "2 stages died" in failure.message
+    assert queue.num_waiting == queue.num_in_flight == 0
+
+
+def test_deaths_in_company_never_condemn_a_final() -> None:
+    finals = [snapshot(number, is_final=True) for number in range(1, 5)]
+    queue = queue_of(*finals, max_kills=1, max_work_ms=1_000)
+    sent = queue.take()
+    assert queue.lose([item.key for item in sent], 10, "died") == []
+
+
+def test_what_never_reached_a_stage_waits_again_without_blame() -> None:
+    partial, final = snapshot(1), snapshot(2, is_final=True)
+    queue = queue_of(partial, final)
+    sent = queue.take()
+    newer = snapshot(1, 2)
+    queue.add(newer, now_ms=1)
+    [failure] = queue.put_back([item.key for item in sent])
+    assert (failure.key, failure.kind) == (partial.key, FailureKind.SUPERSEDED)
+    assert queue.take() == [final, newer]
+
+
+def test_what_waits_for_too_long_is_told_so() -> None:
+    partial, final = snapshot(1), snapshot(2, is_final=True)
+    queue = queue_of(partial, final, max_partial_wait_ms=100, max_final_wait_ms=1_000)
+    assert queue.expire(99) == []
+    assert [failure.key for failure in queue.expire(100)] == [partial.key]
+    assert [(failure.key, failure.kind) for failure in queue.expire(1_000)] == [(final.key, FailureKind.UNAVAILABLE)]
+    assert not queue.can_take()
+
+
+def test_nobody_waits_for_an_abandoned_snapshot_and_it_is_not_sent_again() -> None:
+    waiting, sent = snapshot(1, is_final=True, num_samples=160_000), snapshot(2, is_final=True)
+    queue = queue_of(sent, waiting)
+    assert queue.take() == [sent]
+    queue.abandon(waiting.key)
+    queue.abandon(sent.key)
+    assert queue.is_abandoned([sent.key])
+    assert queue.lose([sent.key], 1, "died") == []
+    assert queue.num_waiting == queue.num_in_flight == 0
+
+
+def test_without_room_a_partial_fails_at_once_and_a_final_is_refused() -> None:
+    queue = queue_of(snapshot(1), max_waiting_snapshots=1)
+    [failure] = queue.add(snapshot(2), now_ms=0)
+    assert failure.kind is FailureKind.UNAVAILABLE
+    with pytest.raises(RuntimeError, match="has_room"):
+        queue.add(snapshot(3, is_final=True), now_ms=0)
+
+
+def test_the_same_snapshot_twice_is_refused() -> None:
+    queue = queue_of(snapshot(1))
+    with pytest.raises(ValueError, match="twice"):
+        queue.add(snapshot(1), now_ms=0)
+
+
+@given(ratio=st.floats(0.3, 3.5), num_seconds=st.integers(1, 30))
+@settings(max_examples=30)
+def test_the_cost_model_follows_what_is_measured(ratio: float, num_seconds: int) -> None:
+    cost = CostModel(lambda num_samples: num_samples / 160)
+    measured_ms = ratio * num_seconds * 100
+    for _ in range(200):
+        cost.observe([num_seconds * 16_000], measured_ms)
+    assert cost.predict_ms(num_seconds * 16_000) == pytest.approx(measured_ms, rel=0.05)
+
+
+class DispatchMachine(RuleBasedStateMachine):
+    """Any order of events: every snapshot gets each of its outcomes once, finals never get SUPERSEDED."""
+
+    @initialize(max_work_ms=st.integers(50, 1_000), max_in_flight=st.integers(1, 8), max_kills=st.integers(1, 3))
+    def start(self, max_work_ms: int, max_in_flight: int, max_kills: int) -> None:
+        self.params = DispatchParams(
+            max_work_ms=max_work_ms,
+            max_in_flight_snapshots=max_in_flight,
+            max_kills=max_kills,
+            max_waiting_snapshots=12,
+            max_partial_wait_ms=500,
+            max_final_wait_ms=5_000,
+        )
+        self.queue = DispatchQueue(self.params, lambda num_samples: num_samples / 160)
+        self.now_ms = 0.0
+        self.revisions: dict[int, int] = {}
+        self.closed: set[int] = set()
+        self.open: dict[SnapshotKey, Snapshot] = {}
+        self.calls: list[list[SnapshotKey]] = []
+
+    def settle(self, failures: list[Failure]) -> None:
+        for failure in failures:
+            settled = self.open.pop(failure.key)
+            assert not (settled.is_final and failure.kind is FailureKind.SUPERSEDED)
+
+    @rule(utterance=st.integers(1, 6), is_final=st.booleans(), num_samples=st.integers(1, 100_000))
+    def submit(self, utterance: int, is_final: bool, num_samples: int) -> None:
+        if utterance in self.closed or (is_final and not self.queue.has_room()):
+            return
+        self.revisions[utterance] = self.revisions.get(utterance, 0) + 1
+        item = snapshot(utterance, self.revisions[utterance], is_final=is_final, num_samples=num_samples)
+        self.open[item.key] = item
+        if is_final:
+            self.closed.add(utterance)
+        self.settle(self.queue.add(item, self.now_ms))
+
+    @rule()
+    def send(self) -> None:
+        could_take = self.queue.can_take()
+        num_in_flight = self.queue.num_in_flight
+        taken = self.queue.take()
+        assert could_take == bool(taken)
+        if not taken:
+            return
+        assert num_in_flight + len(taken) <= self.params.max_in_flight_snapshots
+        work_ms = [len(item.samples) / 160 for item in taken]
+        assert len(taken) == 1 or sum(work_ms) <= self.params.max_work_ms
+        kinds = [item.is_final for item in taken]
+        assert kinds == sorted(kinds, reverse=True), "finals first"
+        self.calls.append([item.key for item in taken])
+
+    @precondition(lambda self: self.calls)
+    @rule(data=st.data())
+    def answer(self, data: st.DataObject) -> None:
+        keys = self.calls.pop(data.draw(st.integers(0, len(self.calls) - 1)))
+        for key in keys:
+            for task in self.open[key].tasks:
+                if self.queue.is_in_flight(key) and task in self.queue.open_tasks(key):
+                    assert self.queue.answer(Failure(key, task, FailureKind.FAILED, "answered"))
+            assert not self.queue.is_in_flight(key)
+            del self.open[key]
+
+    @precondition(lambda self: self.calls)
+    @rule(data=st.data(), is_death=st.booleans())
+    def lose(self, data: st.DataObject, is_death: bool) -> None:
+        keys = self.calls.pop(data.draw(st.integers(0, len(self.calls) - 1)))
+        self.settle(self.queue.lose(keys, self.now_ms, "died") if is_death else self.queue.put_back(keys))
+
+    @rule(ms=st.integers(1, 400))
+    def wait(self, ms: int) -> None:
+        self.now_ms += ms
+        self.settle(self.queue.expire(self.now_ms))
+
+    @invariant()
+    def everything_is_somewhere_and_bounded(self) -> None:
+        if not hasattr(self, "queue"):
+            return
+        assert self.queue.num_waiting + self.queue.num_in_flight == len(self.open)
+        assert self.queue.num_waiting <= self.params.max_waiting_snapshots + self.params.max_in_flight_snapshots
+        in_flight = [self.open[key] for keys in self.calls for key in keys]
+        partials = [item.key.utterance for item in in_flight if not item.is_final]
+        assert len(partials) == len(set(partials)), "one partial in flight per utterance"
+
+    def teardown(self) -> None:
+        """Whatever happened, answering all that is sent empties the queue."""
+        for _ in range(100):
+            for keys in self.calls:
+                for key in keys:
+                    self.queue.answer(Failure(key, None, FailureKind.FAILED, "answered"))
+                    self.open.pop(key, None)
+            self.calls = []
+            self.send()
+            if not self.calls:
+                break
+        assert not self.open
+
+
+TestDispatchMachine = DispatchMachine.TestCase
+TestDispatchMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
