@@ -1,0 +1,242 @@
+"""The commands: their arguments and help. What they do is in the modules beside this one."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+from actors.cli.options import (
+    ConfigOption,
+    FormatOption,
+    OutputOption,
+    Runtime,
+    RuntimeOption,
+    SetOption,
+    choose_format,
+    load,
+)
+
+DEFAULT_SUMMARY_MINUTES = "5"
+
+app = typer.Typer(
+    name="surtitle",
+    help="Live captions, translations and summaries of live media, in Redis streams.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+models_app = typer.Typer(help="The models on this machine.", no_args_is_help=True)
+config_app = typer.Typer(
+    help="The configuration: what is in force, and what is wrong with a file.", no_args_is_help=True
+)
+bench_app = typer.Typer(help="Measure accuracy and speed on this machine.", no_args_is_help=True)
+app.add_typer(models_app, name="models")
+app.add_typer(config_app, name="config")
+app.add_typer(bench_app, name="bench")
+
+
+class CaptionCommand(TyperCommand):
+    """Lets `--summary` stand without a number."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Give a bare `--summary` its default before the arguments are parsed."""
+        filled = []
+        for index, arg in enumerate(args):
+            filled.append(arg)
+            if arg == "--summary" and not _is_number("".join(args[index + 1 : index + 2])):
+                filled.append(DEFAULT_SUMMARY_MINUTES)
+        return super().parse_args(ctx, filled)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+@app.command(cls=CaptionCommand)
+def caption(
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="A file or URL with sound.")],
+    *,
+    is_realtime: Annotated[
+        bool,
+        typer.Option("--realtime/--fast", help="Play as fast as it sounds, or as fast as it can be captioned."),
+    ] = True,
+    language: Annotated[
+        str | None, typer.Option("--language", metavar="CODE", help="Language of the speech, as de; auto detects it.")
+    ] = None,
+    translate: Annotated[
+        list[str] | None, typer.Option("--translate", metavar="CODE", help="Translate every final to CODE, as en.")
+    ] = None,
+    summary: Annotated[
+        float | None,
+        typer.Option(
+            "--summary", metavar="[MINUTES]", min=0, max=1_440, help="Summarise every MINUTES (5), and at the end."
+        ),
+    ] = None,
+    runtime: RuntimeOption = None,
+    output_format: FormatOption = None,
+    output: OutputOption = None,
+    stream_id: Annotated[
+        str | None,
+        typer.Option("--stream-id", metavar="ID", help="Name of the stream. Default: made from name and time."),
+    ] = None,
+    config: ConfigOption = None,
+    sets: SetOption = None,
+) -> None:
+    """Caption SOURCE live. Ctrl-C ends it with what was said so far; a second one at once."""
+    from actors.cli.caption import caption_source  # noqa: PLC0415 - commands import what they need
+    from actors.cli.spec import make_spec  # noqa: PLC0415
+
+    shown = choose_format(output_format, output, is_terminal=sys.stdout.isatty())
+    spec = make_spec(
+        source=source,
+        stream_id=stream_id,
+        pace="realtime" if is_realtime else "fast",
+        language=language,
+        translate_to=tuple(translate) if translate else None,
+        summary_minutes=summary,
+    )
+    raise typer.Exit(caption_source(load(config, sets, runtime).settings, spec, shown, output))
+
+
+@app.command()
+def serve(runtime: RuntimeOption = None, config: ConfigOption = None, sets: SetOption = None) -> None:
+    """Run the service until it is told to stop: models loaded, HTTP API open."""
+    from actors.cli.service import serve_forever  # noqa: PLC0415
+
+    serve_forever(load(config, sets, runtime).settings)
+
+
+@app.command()
+def watch(
+    stream_id: Annotated[str, typer.Argument(metavar="STREAM", help="Id of the stream (see `surtitle streams`).")],
+    *,
+    after: Annotated[
+        str | None,
+        typer.Option("--after", metavar="POSITION", help="Only what came after it, as transcripts=3-1 or only 3-1."),
+    ] = None,
+    is_new_only: Annotated[bool, typer.Option("--new", help="Only what comes from now on.")] = False,
+    is_staying: Annotated[
+        bool, typer.Option("--stay", help="Stay when the stream has ended; keeps the embedded Redis up.")
+    ] = False,
+    output_format: FormatOption = None,
+    output: OutputOption = None,
+    config: ConfigOption = None,
+    sets: SetOption = None,
+) -> None:
+    """Follow a stream from Redis, live or long ended, from its start."""
+    from actors.cli.watch import WatchRange, watch_stream  # noqa: PLC0415
+
+    shown = choose_format(output_format, output, is_terminal=sys.stdout.isatty())
+    what = WatchRange(after=after, is_new_only=is_new_only, is_staying=is_staying)
+    raise typer.Exit(watch_stream(load(config, sets).settings, stream_id, what, shown, output))
+
+
+@app.command()
+def streams(
+    is_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+    config: ConfigOption = None,
+    sets: SetOption = None,
+) -> None:
+    """List the streams that Redis knows, newest first."""
+    from actors.cli.watch import show_streams  # noqa: PLC0415
+
+    show_streams(load(config, sets).settings, is_json=is_json)
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    from importlib.metadata import version as version_of  # noqa: PLC0415
+
+    typer.echo(f"surtitle {version_of('surtitle')}")
+
+
+@models_app.command("list")
+def models_list() -> None:
+    """List the models that are known or in the hub's cache."""
+    from actors.cli.models import show_models  # noqa: PLC0415
+
+    show_models()
+
+
+@models_app.command("pull")
+def models_pull(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A known model, or a hub id (org/name).")],
+    revision: Annotated[str | None, typer.Option("--revision", help="Commit, tag or branch of a hub id.")] = None,
+) -> None:
+    """Fetch a model, so that nothing is fetched at run time."""
+    from actors.cli.models import pull  # noqa: PLC0415
+
+    pull(name, revision)
+
+
+@models_app.command("verify")
+def models_verify(
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="A known model, a directory or a hub id.")
+    ] = "whisper-base",
+    revision: Annotated[str | None, typer.Option("--revision", help="Commit, tag or branch of a hub id.")] = None,
+) -> None:
+    """Hash every file of a model and compare."""
+    from actors.cli.models import verify  # noqa: PLC0415
+
+    raise typer.Exit(verify(name, revision))
+
+
+@config_app.command("show")
+def config_show(
+    config: ConfigOption = None,
+    sets: SetOption = None,
+    is_changed_only: Annotated[bool, typer.Option("--changed", help="Only values that are not defaults.")] = False,
+) -> None:
+    """Print every value in force and where it came from."""
+    from actors.cli.configuration import show_settings  # noqa: PLC0415
+
+    show_settings(load(config, sets), is_changed_only=is_changed_only)
+
+
+@config_app.command("check")
+def config_check(
+    files: Annotated[list[str], typer.Argument(metavar="FILE...", help="Files, or names in configs/.")],
+) -> None:
+    """Say all that is wrong with configuration files."""
+    from actors.cli.configuration import check_files  # noqa: PLC0415
+
+    raise typer.Exit(check_files(files))
+
+
+@bench_app.command("accuracy")
+def bench_accuracy(
+    media: Annotated[Path, typer.Option("--media", metavar="DIR", help="Folder with media and their texts.")],
+    is_json: Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")] = False,
+    config: ConfigOption = None,
+    sets: SetOption = None,
+) -> None:
+    """Word error rate of the live path, and of the same weights on whole files."""
+    from actors.cli.benches import accuracy  # noqa: PLC0415
+
+    accuracy(load(config, sets).settings, media, is_json=is_json)
+
+
+@bench_app.command("live")
+def bench_live(
+    *,
+    media: Annotated[Path, typer.Option("--media", metavar="FILE", help="Media that every stream plays.")],
+    num_streams: Annotated[int, typer.Option("--streams", metavar="N", min=1, max=1_000)] = 4,
+    is_json: Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")] = False,
+    runtime: RuntimeOption = Runtime.RAY,
+    config: ConfigOption = None,
+    sets: SetOption = None,
+) -> None:
+    """Latencies and CPU time with N streams at once, in real time."""
+    from actors.cli.benches import live  # noqa: PLC0415
+
+    live(load(config, sets, runtime).settings, media, num_streams, is_json=is_json)

@@ -1,0 +1,59 @@
+"""`surtitle models`: list, pull, verify."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from actors.cli.console import note, progress
+from pipeline.models.weights import list_models, pull_model, verify_model
+
+
+def show_models() -> None:
+    """Print one line a model."""
+    for info in list_models():
+        state = "installed" if info.is_installed else "not installed"
+        typer.echo(f"{info.name}\t{state}\t{info.num_bytes / 1e6:.0f} MB\t{info.licence}\t{info.description}")
+        if info.location is not None:
+            typer.echo(f"    {info.location}")
+
+
+def pull(name: str, revision: str | None) -> None:
+    """Fetch a model with a progress bar.
+
+    Raises:
+        ModelError: if it cannot be fetched.
+    """
+    if not sys.stderr.isatty():
+        files = pull_model(name, revision)
+        note(f"{name} is complete in {files.directory}")
+        return
+    from rich.console import Console  # noqa: PLC0415 - only for people who watch
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn  # noqa: PLC0415
+
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(f"fetching {name}", total=None)
+
+        def advance(what: str, num_done: int, num_bytes: int) -> None:
+            bar.update(task, description=what, completed=num_done, total=num_bytes)
+
+        files = pull_model(name, revision, advance)
+    note(f"{name} is complete in {files.directory}")
+
+
+def verify(name: str, revision: str | None) -> int:
+    """Print one line a file and return the exit status.
+
+    Raises:
+        ModelError: if the model cannot be located or read.
+    """
+    with progress(f"hashing the files of {name}"):
+        report = verify_model(name, revision)
+    for file in report.files:
+        state = {True: "ok", False: "WRONG", None: "no hash is known"}[file.is_ok]
+        typer.echo(f"{state}\t{file.sha256}\t{file.num_bytes}\t{file.path}")
+        if file.is_ok is False:
+            note(f"surtitle: {file.path} is not the pinned file: expected sha256 {file.expected_sha256}")
+    return 0 if report.is_ok else 1

@@ -1,0 +1,20 @@
+"""`surtitle serve`."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from actors.cli.console import note
+from actors.service import run_service
+from actors.settings import Settings
+
+
+def serve_forever(settings: Settings) -> None:
+    """Run the service until SIGINT or SIGTERM.
+
+    Raises:
+        SurtitleError: if it cannot be started.
+    """
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    asyncio.run(run_service(settings, note))
