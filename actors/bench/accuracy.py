@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -30,6 +30,9 @@ from pipeline.items import Hypothesis, Outcome
 from pipeline.local import LocalModels, serve_snapshots
 from pipeline.records import BaseRecord, ErrorRecord, FinalRecord, PartialRecord
 from pipeline.stream import AUTO, Stream, StreamParams, by_chunk_index
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 POOLED_LANGUAGE = "en"
 Progress = Callable[[str, int, int], None]
@@ -154,6 +157,12 @@ class AccuracyReport:
             "joined": [row.to_json() for row in self.joined],
             "live": counts.to_json(),
         }
+
+    def __rich__(self) -> RenderableType:
+        """Return the table that people see."""
+        from actors.bench.tables import accuracy_table  # noqa: PLC0415 - tables know the reports, not the other way
+
+        return accuracy_table(self)
 
 
 def run_accuracy(options: AccuracyOptions, on_progress: Progress | None = None) -> AccuracyReport:

@@ -7,6 +7,8 @@ from rich.table import Table
 from rich.text import Text
 
 from actors.bench.accuracy import AccuracyReport, FileResult
+from actors.bench.latency import Percentiles
+from actors.bench.live import LiveReport
 from actors.bench.wer import Difference, WordErrors
 
 _MAX_DIFFERENCES_SHOWN = 6
@@ -32,6 +34,36 @@ def accuracy_table(report: AccuracyReport) -> RenderableType:
         for row in rows:
             _add_row(table, row)
     return Group(table, Text(_summary(report)))
+
+
+def live_table(report: LiveReport) -> RenderableType:
+    """Return a table of the latencies of all streams together, and the other figures below it."""
+    total, words, figures = report.latencies, report.words, report.to_json()
+    title = f"{len(report.streams)} streams of {report.seconds:.0f} s at once, {report.model}, runtime {report.runtime}"
+    table = Table(title=title, title_justify="left")
+    table.add_column("ms")
+    for name in ("p50", "p95", "measured"):
+        table.add_column(name, justify="right")
+    for label, values in (
+        ("first word", total.first_word_ms),
+        ("emission lag, first seen", total.emission_lag_ms),
+        ("emission lag, stable", total.stable_lag_ms),
+        ("commit lag", total.commit_lag_ms),
+        ("finalisation", total.finalisation_ms),
+        ("time between partials", total.cadence_ms),
+    ):
+        percentiles = Percentiles.of(values)
+        table.add_row(label, _whole(percentiles.p50), _whole(percentiles.p95), str(percentiles.num))
+    lines = [
+        f"CPU {figures['cpu_s_per_audio_s']:.3f} s per second of audio, all {figures['num_processes']} processes, "
+        f"{figures['num_cpus']} cores; memory {figures['memory_mib_at_start']:.0f} MiB at start, "
+        f"{figures['memory_mib_per_stream']:.1f} MiB more a stream",
+        f"{total.num_finals} finals, {total.num_finals_lost} lost, {total.num_duplicate_finals} twice; "
+        f"{figures['num_errors']} errors, {figures['num_gaps']} gaps, {figures['num_streams_failed']} streams failed",
+        f"{total.num_stable_words_lost} of {total.num_stable_words} stable words were not kept by the final",
+        "WER: no reference text" if words is None else f"WER {_percent(words)} of {words.num_reference_words} words",
+    ]
+    return Group(table, Text("\n".join(lines)))
 
 
 def _split(rows: tuple[FileResult, ...]) -> tuple[list[FileResult], list[FileResult]]:
@@ -62,6 +94,10 @@ def _summary(report: AccuracyReport) -> str:
 
 def _percent(errors: WordErrors) -> str:
     return f"{100 * errors.rate:.1f} %"
+
+
+def _whole(value_ms: float | None) -> str:
+    return "-" if value_ms is None else f"{value_ms:,.0f}"
 
 
 def _arrow(difference: Difference) -> str:
