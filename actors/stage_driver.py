@@ -121,12 +121,11 @@ class StageDriver:
     async def submit(self, snapshot: Snapshot) -> AsyncGenerator[Outcome, None]:
         """Yield one outcome for each task of `snapshot` (see `Stages.submit`)."""
         key = snapshot.key
+        async with self._has_room:
+            await self._has_room.wait_for(lambda: self._is_closed or self._may_enter(snapshot))
         if self._is_closed or self._sender is None:
             yield Failure(key, None, FailureKind.UNAVAILABLE, "the stages are closed")
             return
-        if snapshot.is_final:
-            async with self._has_room:
-                await self._has_room.wait_for(self._queue.has_room)
         mailbox: asyncio.Queue[Outcome] = asyncio.Queue(maxsize=len(snapshot.tasks) + 1)
         now_ms = _now_ms()
         failures = self._queue.add(snapshot, now_ms)
@@ -156,9 +155,15 @@ class StageDriver:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await self._tell_room()
         for key in list(self._mailboxes):
             self._deliver(Failure(key, None, FailureKind.UNAVAILABLE, "the stages were closed"))
         await self._transport.aclose()
+
+    def _may_enter(self, snapshot: Snapshot) -> bool:
+        # A session that was given up may have left this key in flight; its late outcomes must not be taken for answers.
+        is_left_behind = self._queue.is_in_flight(snapshot.key) and snapshot.key not in self._mailboxes
+        return not is_left_behind and (not snapshot.is_final or self._queue.has_room())
 
     # -- sending ----------------------------------------------------------------------------------
 

@@ -1,0 +1,228 @@
+"""In-process stages: real encoder and decoder threads around a tiny Whisper of random weights."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import AsyncIterator, Iterator
+from contextlib import aclosing, asynccontextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from actors.audio_encoder import AudioEncoder
+from actors.decoder import Decoder
+from actors.dispatch import DispatchParams
+from actors.local_stages import LocalStages
+from actors.metrics import Metrics
+from actors.stage_driver import request_of
+from pipeline.audio.encoder_window import EncoderParams
+from pipeline.audio.utterances_to_embeddings import UtterancesToEmbeddings
+from pipeline.decode.embeddings_to_hypotheses import DecodeEngine, DecoderParams
+from pipeline.errors import ModelError, StageUnavailable
+from pipeline.items import (
+    TRANSCRIBE,
+    Embeddings,
+    Failure,
+    FailureKind,
+    Hypothesis,
+    Outcome,
+    Snapshot,
+    SnapshotKey,
+    Task,
+    TaskKind,
+)
+from pipeline.local import LocalModels, serve_snapshots
+from pipeline.models.weights import ModelParams
+from tests.tiny_whisper import save_tiny
+
+ENGLISH = Task(TaskKind.TRANSLATE, "en")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> ModelParams:
+    return ModelParams(name=str(save_tiny(tmp_path_factory.mktemp("tiny"))), encoder_threads=1, decoder_threads=1)
+
+
+@pytest.fixture
+def metrics() -> Metrics:
+    return Metrics()
+
+
+@asynccontextmanager
+async def open_stages(model: ModelParams, metrics: Metrics, **dispatch: float) -> AsyncIterator[LocalStages]:
+    params = DispatchParams.model_validate(dispatch)
+    stages = await LocalStages.open(model, EncoderParams(), DecoderParams(), params, metrics)
+    try:
+        yield stages
+    finally:
+        await stages.aclose()
+
+
+def snapshot(utterance: int, revision: int = 1, *, is_final: bool = True, num_samples: int = 16_000) -> Snapshot:
+    noise = np.random.default_rng(utterance).integers(-8_000, 8_000, num_samples).astype(np.int16)
+    return Snapshot(
+        key=SnapshotKey("stream", utterance, revision),
+        channel=0,
+        is_final=is_final,
+        start_sample=0,
+        samples=noise,
+        language="de",
+        languages=(),
+        draft=(),
+        tasks=(TRANSCRIBE, ENGLISH) if is_final else (TRANSCRIBE,),
+    )
+
+
+async def outcomes_of(stages: LocalStages, item: Snapshot) -> list[Outcome]:
+    return [outcome async for outcome in stages.submit(item)]
+
+
+async def test_snapshots_submitted_together_get_what_each_gets_alone(model: ModelParams, metrics: Metrics) -> None:
+    snapshots = [snapshot(number, num_samples=9_000 * number, is_final=number % 2 == 0) for number in range(1, 7)]
+    async with open_stages(model, metrics) as stages:
+        together = await asyncio.gather(*(outcomes_of(stages, item) for item in snapshots))
+    torch.set_num_threads(1)
+    models = LocalModels(UtterancesToEmbeddings(model, EncoderParams()), DecodeEngine(model, DecoderParams()))
+    for item, outcomes in zip(snapshots, together, strict=True):
+        alone = list(serve_snapshots([item], models))
+        # How often the engine was stepped for it depends on company; nothing else does.
+        assert [dataclasses.replace(outcome, num_passes=0) for outcome in outcomes] == [
+            dataclasses.replace(outcome, num_passes=0) for outcome in alone
+        ]
+
+
+async def test_a_snapshot_that_cannot_be_encoded_fails_alone(model: ModelParams, metrics: Metrics) -> None:
+    bad = dataclasses.replace(snapshot(1), samples=np.zeros(0, np.int16))
+    async with open_stages(model, metrics) as stages:
+        failed, served = await asyncio.gather(outcomes_of(stages, bad), outcomes_of(stages, snapshot(2)))
+    assert [(type(outcome), outcome.task) for outcome in failed] == [(Failure, None)]
+    assert [outcome.task for outcome in served] == [TRANSCRIBE, ENGLISH]
+    assert all(isinstance(outcome, Hypothesis) for outcome in served)
+
+
+async def test_a_partial_that_still_waits_is_superseded_by_the_next(model: ModelParams, metrics: Metrics) -> None:
+    partials = [snapshot(1, revision, is_final=False, num_samples=40_000) for revision in range(1, 6)]
+    async with open_stages(model, metrics) as stages:
+        results = await asyncio.gather(*(outcomes_of(stages, item) for item in partials))
+    [last] = results[-1]
+    assert isinstance(last, Hypothesis)
+    overtaken = [outcome for [outcome] in results[:-1] if isinstance(outcome, Failure)]
+    assert overtaken
+    assert {failure.kind for failure in overtaken} == {FailureKind.SUPERSEDED}
+    assert metrics.registry.get_sample_value("surtitle_superseded_total") == len(overtaken)
+
+
+async def test_a_consumer_that_goes_away_leaves_nothing_behind(model: ModelParams, metrics: Metrics) -> None:
+    async with open_stages(model, metrics) as stages:
+        async with aclosing(stages.submit(snapshot(1))) as outcomes:
+            assert (await anext(outcomes)).task == TRANSCRIBE
+        waiting = asyncio.create_task(outcomes_of(stages, snapshot(2)))
+        await asyncio.sleep(0)
+        waiting.cancel()
+        await asyncio.wait({waiting})
+        assert [outcome.task for outcome in await outcomes_of(stages, snapshot(1))] == [TRANSCRIBE, ENGLISH]
+
+
+async def test_what_is_open_when_the_stages_close_is_unavailable(model: ModelParams, metrics: Metrics) -> None:
+    async with open_stages(model, metrics) as stages:
+        task = asyncio.create_task(outcomes_of(stages, snapshot(1)))
+        await asyncio.sleep(0)
+    [failure] = await task
+    assert isinstance(failure, Failure)
+    assert failure.kind is FailureKind.UNAVAILABLE
+    [refused] = await outcomes_of(stages, snapshot(2))
+    assert isinstance(refused, Failure)
+
+
+async def test_many_finals_wait_outside_when_there_is_no_room(model: ModelParams, metrics: Metrics) -> None:
+    async with open_stages(model, metrics, max_waiting_snapshots=1, max_in_flight_snapshots=2) as stages:
+        results = await asyncio.gather(*(outcomes_of(stages, snapshot(number)) for number in range(1, 13)))
+    assert all(isinstance(outcome, Hypothesis) for outcomes in results for outcome in outcomes)
+
+
+@pytest.fixture
+def crashes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """A list of how many steps each coming decoder makes before its engine crashes; empty: none crashes."""
+    steps_left: list[int] = []
+    step = DecodeEngine.step
+
+    def step_or_crash(engine: DecodeEngine) -> list[Outcome]:
+        if steps_left:
+            steps_left[0] -= 1
+            if steps_left[0] < 0:
+                steps_left.pop(0)
+                raise MemoryError("as a real engine would")
+        return step(engine)
+
+    monkeypatch.setattr(DecodeEngine, "step", step_or_crash)
+    yield steps_left
+
+
+async def test_finals_survive_a_crash_of_the_decoder(model: ModelParams, metrics: Metrics, crashes: list[int]) -> None:
+    finals = [snapshot(number) for number in range(1, 4)]
+    async with open_stages(model, metrics) as stages:
+        expected = await asyncio.gather(*(outcomes_of(stages, item) for item in finals))
+        crashes.append(2)
+        results = await asyncio.gather(*(outcomes_of(stages, item) for item in finals))
+    assert not crashes
+    assert [[outcome.text for outcome in outcomes if isinstance(outcome, Hypothesis)] for outcomes in results] == [
+        [outcome.text for outcome in outcomes if isinstance(outcome, Hypothesis)] for outcomes in expected
+    ]
+    assert metrics.registry.get_sample_value("surtitle_retries_total") == 3
+
+
+async def test_a_snapshot_that_crashes_every_decoder_is_given_up(
+    model: ModelParams, metrics: Metrics, crashes: list[int]
+) -> None:
+    async with open_stages(model, metrics, max_kills=2) as stages:
+        crashes.extend([0, 0])
+        [failure] = await outcomes_of(stages, snapshot(1))
+        assert isinstance(failure, Failure)
+        assert (failure.kind, crashes) == (FailureKind.FAILED, [])
+        assert all(isinstance(outcome, Hypothesis) for outcome in await outcomes_of(stages, snapshot(2)))
+
+
+async def test_a_crashed_decoder_says_so(model: ModelParams, crashes: list[int]) -> None:
+    encoder = await asyncio.to_thread(AudioEncoder, model, EncoderParams())
+    decoder = await asyncio.to_thread(Decoder, model, DecoderParams())
+    encoder.check_health()
+    decoder.check_health()
+    item = snapshot(1)
+    encoded = await encoder.encode([item])
+    crashes.append(0)
+    [failure] = [outcome async for outcome in decoder.decode(encoded, [request_of(item)])]
+    assert isinstance(failure, Failure)
+    assert failure.kind is FailureKind.UNAVAILABLE
+    with pytest.raises(StageUnavailable, match="MemoryError"):
+        decoder.check_health()
+    [later] = [outcome async for outcome in decoder.decode(encoded, [request_of(item)])]
+    assert isinstance(later, Failure)
+    await decoder.aclose()
+    await encoder.aclose()
+
+
+async def test_a_snapshot_sent_again_is_answered_to_the_newer_caller(model: ModelParams) -> None:
+    encoder = await asyncio.to_thread(AudioEncoder, model, EncoderParams())
+    decoder = await asyncio.to_thread(Decoder, model, DecoderParams())
+    item = snapshot(1)
+    encoded = await encoder.encode([item])
+    assert isinstance(encoded[0], Embeddings)
+
+    async def ask() -> list[Outcome]:
+        return [outcome async for outcome in decoder.decode(encoded, [request_of(item)])]
+
+    older, newer = await asyncio.gather(ask(), ask())
+    assert [type(outcome) for outcome in newer] == [Hypothesis, Hypothesis]
+    assert isinstance(older[-1], Failure)
+    assert older[-1].kind is FailureKind.UNAVAILABLE
+    await decoder.aclose()
+    await encoder.aclose()
+
+
+async def test_weights_that_are_not_there_are_an_error_at_start(tmp_path: Path, metrics: Metrics) -> None:
+    with pytest.raises(ModelError, match=r"config\.json"):
+        async with open_stages(ModelParams(name=str(tmp_path)), metrics):
+            pytest.fail("it started")
