@@ -125,6 +125,12 @@ def test_an_unknown_name_is_refused_and_the_known_ones_are_told(name: str) -> No
         pull_model(name)
 
 
+@pytest.mark.parametrize("name", ["org/a--b", "org/a..b", "org/" + "x" * 100])
+def test_a_name_that_the_hub_cannot_have_is_refused(name: str) -> None:
+    with pytest.raises(ModelError, match="not a hub id"):
+        locate_model(name)
+
+
 def test_a_hub_model_that_was_not_pulled_says_how_to_pull_it() -> None:
     with pytest.raises(ModelError, match="surtitle models pull surtitle-tests/absent --revision v1"):
         locate_model("surtitle-tests/absent", "v1")

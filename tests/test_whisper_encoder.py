@@ -88,8 +88,8 @@ def speech_features(speech: Path, window_s: int) -> torch.Tensor:
 def test_whisper_base_is_as_near_to_exact_arithmetic_as_transformers(
     speech: Path, base: WhisperCheckpoint, base_reference: ReferenceEncoder
 ) -> None:
-    # Trained weights amplify float32's rounding at a few places to more than 1e-4 in any implementation, so the yardstick
-    # is the same computation in float64.
+    # Trained weights amplify float32's rounding at a few places to more than 1e-4 in any implementation, so the
+    # yardstick is the same computation in float64.
     mels = speech_features(speech, 4)
     exact = reference_embeddings(copy.deepcopy(base_reference).double(), mels.double())
     ours = (WhisperEncoder(base)(mels) - exact).abs().flatten()

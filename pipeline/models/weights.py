@@ -329,9 +329,14 @@ def _safetensors_of(directory: Path) -> tuple[Path, ...]:
 
 
 def _cached_snapshot(name: str, revision: str | None) -> Path:
-    from huggingface_hub import try_to_load_from_cache  # noqa: PLC0415 - takes 0.3 s; only hub ids need it
+    # Imported here since it takes 0.3 s and only hub ids need it.
+    from huggingface_hub import try_to_load_from_cache  # noqa: PLC0415
+    from huggingface_hub.errors import HFValidationError  # noqa: PLC0415
 
-    config = try_to_load_from_cache(name, "config.json", revision=revision)
+    try:
+        config = try_to_load_from_cache(name, "config.json", revision=revision)
+    except HFValidationError as exc:
+        raise ModelError(f"{name!r} is not a hub id: {exc}") from exc
     if not isinstance(config, str):
         at = f" at revision {revision!r}" if revision else ""
         option = f" --revision {revision}" if revision else ""
