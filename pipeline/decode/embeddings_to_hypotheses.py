@@ -33,6 +33,7 @@ from pipeline.items import (
     SnapshotKey,
     Task,
     TaskKind,
+    Word,
 )
 from pipeline.models.weights import ModelParams
 from pipeline.params import Params
@@ -297,7 +298,7 @@ class DecodeEngine:
     def _hypothesis(self, active: _Active) -> Hypothesis:
         request, sequence = active.request, active.sequence
         language = self._prompter.language_of_prompt(sequence.prompt)
-        words = ()
+        words: tuple[Word, ...] = ()
         if request.is_final and active.task.kind is TaskKind.TRANSCRIBE and active.lease is not None:
             text = TimedText(sequence.prompt, sequence.tokens, sequence.logprobs, language)
             words = self._runner.words(active.lease, text, active.embeddings.num_audio_samples)

@@ -84,6 +84,14 @@ class TokenSequence:
         self._decode = decode
         self._start = start
         self.num_passes = 0
+        self._position = num_cached
+        self._pending: list[int] = []
+        self._tokens: list[int] = []
+        self._logprobs: list[float] = []
+        self._sum_logprob = 0.0
+        self._num_decoded = 0
+        self._guard: str | None = None
+        self._is_finished = False
         self._begin(num_cached)
 
     @property
@@ -167,12 +175,11 @@ class TokenSequence:
     def _begin(self, num_cached: int) -> None:
         self._position = num_cached
         self._pending = self._prompt[num_cached:] + self._draft
-        self._tokens: list[int] = []
-        self._logprobs: list[float] = []
+        self._tokens, self._logprobs = [], []
         self._sum_logprob = 0.0
         self._num_decoded = 0
         self._loops = LoopDetector(self._limits.guards)
-        self._guard: str | None = None
+        self._guard = None
         self._is_finished = False
 
     def _settle_language(self) -> bool:
@@ -205,9 +212,13 @@ class TokenSequence:
     def _finish(self) -> None:
         self._is_finished = True
         self._test_compression()
-        no_speech = self._start.no_speech_probability if self._start is not None else 0.0
-        if is_silence(no_speech, self.average_logprob, self._limits.guards):
+        text = self._decode(self._tokens)
+        if is_silence(text, self._no_speech_probability, self.average_logprob, self._limits.guards):
             self._cut(0, SILENCE)
+
+    @property
+    def _no_speech_probability(self) -> float:
+        return self._start.no_speech_probability if self._start is not None else 0.0
 
     def _test_compression(self) -> None:
         if is_repetitive(self._decode(self._tokens), self._limits.guards):
@@ -215,6 +226,8 @@ class TokenSequence:
             self._cut(num_tokens_before_repetition(texts, self._limits.guards), COMPRESSION)
 
     def _cut(self, num_kept: int, guard: str) -> None:
+        if self._no_speech_probability > self._limits.guards.loop_no_speech_threshold:
+            num_kept = 0
         del self._tokens[num_kept:], self._logprobs[num_kept:]
         self._guard = guard
         self._is_finished = True

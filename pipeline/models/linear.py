@@ -63,13 +63,13 @@ class BlockedLinear:
         """Return float32[m, outputs] for `x` float32[m, inputs]."""
         num_rows = x.shape[0]
         padded = F.pad(x, (0, 0, 0, -num_rows % _BLOCK_ROWS))
-        blocks = [F.linear(block, self._weight, self._bias) for block in padded.split(_BLOCK_ROWS)]
+        blocks = [F.linear(block, self._weight, self._bias) for block in torch.split(padded, _BLOCK_ROWS)]
         return torch.cat(blocks)[:num_rows]
 
 
 def pack_linear(weight: Tensor, bias: Tensor | None = None) -> Linear:
     """Return a row-independent linear layer of `weight` float32[outputs, inputs] and `bias` float32[outputs]."""
-    if weight.device.type == "cpu" and torch.backends.mkldnn.is_available():
+    if weight.device.type == "cpu" and weight.dtype == torch.float32:
         try:
             packed = PackedLinear(weight, bias)
             shape = (weight.shape[0], weight.shape[1])

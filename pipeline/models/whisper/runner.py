@@ -8,7 +8,6 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from pipeline.decode.embeddings_to_hypotheses import DecoderParts
 from pipeline.decode.kv_cache import Lease
@@ -45,11 +44,10 @@ class WhisperRunner:
         )
         self._tokenizer = tokenizer
         self._no_speech = tokenizer.no_speech
-        self._languages = torch.tensor(tokenizer.language_tokens, dtype=torch.int64, device=self._device)
         # Of all special tokens and timestamps, only end-of-text may be picked; it is the first of them.
         self._num_pickable = tokenizer.eot + 1
-        self._suppressed = self._tokens(config.suppress_tokens)
-        self._suppressed_at_begin = self._tokens((*config.suppress_tokens, *config.begin_suppress_tokens))
+        self._suppressed = self._pickable(config.suppress_tokens)
+        self._suppressed_at_begin = self._pickable((*config.suppress_tokens, *config.begin_suppress_tokens))
         self.num_slots = num_slots
         self.max_tokens = config.max_target_positions
         self.max_context_positions = max_context_positions or config.max_source_positions
@@ -87,8 +85,8 @@ class WhisperRunner:
                 start += len(row.tokens)
             if not wanted:
                 return [RowResult((), None) for _ in rows]
-            logits = self._decoder.logits(hidden[wanted]) if len(wanted) < start else self._decoder.logits(hidden)
-            return self._results(rows, logits)
+            logits = self._decoder.logits(hidden[wanted] if len(wanted) < start else hidden).cpu().numpy()
+        return self._results(rows, logits)
 
     def words(self, lease: Lease, text: TimedText, num_audio_samples: int) -> tuple[Word, ...]:
         """Return the words of `text` with times from the alignment heads' attention over the real audio."""
@@ -102,7 +100,7 @@ class WhisperRunner:
         words = self._tokenizer.split_to_words(text.tokens, text.language)
         return words_from_times(words, times, text.logprobs, num_audio_samples)
 
-    def _results(self, rows: Sequence[Row], logits: Tensor) -> list[RowResult]:
+    def _results(self, rows: Sequence[Row], logits: NDArray[np.float32]) -> list[RowResult]:
         results, index = [], 0
         for row in rows:
             start = None
@@ -115,26 +113,28 @@ class WhisperRunner:
             results.append(RowResult(tuple(picks), start))
         return results
 
-    def _pick(self, logits: Tensor, *, is_begin: bool) -> Pick:
-        # One row at a time: a reduction over many rows may be split otherwise among threads than that of one.
-        allowed = logits[: self._num_pickable].clone()
-        allowed[self._suppressed_at_begin if is_begin else self._suppressed] = -torch.inf
+    def _pick(self, logits: NDArray[np.float32], *, is_begin: bool) -> Pick:
+        allowed = logits[: self._num_pickable]
+        allowed[self._suppressed_at_begin if is_begin else self._suppressed] = -np.inf
         token = int(allowed.argmax())
-        logprob = float(allowed[token] - allowed.logsumexp(0))
-        if not math.isfinite(logprob):
-            raise StageError("the decoder's logits are not finite; its input is unusable")
-        return Pick(token, logprob)
+        return Pick(token, _logprob(allowed, token))
 
-    def _read_start(self, logits: Tensor) -> StartReading:
-        probability = float((logits[self._no_speech] - logits.logsumexp(0)).exp())
-        if not math.isfinite(probability):
-            raise StageError("the decoder's logits are not finite; its input is unusable")
-        languages = dict(zip(self._languages.tolist(), logits[self._languages].tolist(), strict=True))
-        return StartReading(probability, languages)
+    def _read_start(self, logits: NDArray[np.float32]) -> StartReading:
+        probability = math.exp(_logprob(logits, self._no_speech))
+        return StartReading(probability, {token: float(logits[token]) for token in self._tokenizer.language_tokens})
 
-    def _tokens(self, tokens: Sequence[int]) -> Tensor:
-        pickable = sorted({token for token in tokens if token < self._num_pickable})
-        return torch.tensor(pickable, dtype=torch.int64, device=self._device)
+    def _pickable(self, tokens: Sequence[int]) -> NDArray[np.int64]:
+        return np.array(sorted({token for token in tokens if token < self._num_pickable}), dtype=np.int64)
+
+
+def _logprob(logits: NDArray[np.float32], token: int) -> float:
+    """Return the log-probability of `token`; one row at a time, so that its rounding cannot depend on other rows."""
+    relative = logits - logits[token]
+    with np.errstate(over="ignore"):
+        logprob = -float(np.log(np.exp(relative).sum(dtype=np.float64)))
+    if not math.isfinite(logprob):
+        raise StageError("the decoder's logits are not finite; its input is unusable")
+    return logprob
 
 
 def load_parts(model: ModelParams, num_slots: int) -> DecoderParts:
