@@ -21,7 +21,15 @@ from redis.exceptions import RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from actors.entries import NO_ID
-from actors.store import END_STATES, INDEX_KEY, LIVE_KEY, KeyKind, StreamKeys, translations_name
+from actors.store import (
+    END_STATES,
+    INDEX_KEY,
+    LIVE_KEY,
+    KeyKind,
+    StreamKeys,
+    cancellable,
+    translations_name,
+)
 from pipeline.errors import ConfigError, StoreError, StreamNotFound
 from pipeline.records import SCHEMA_VERSION, Record, record_from_fields
 
@@ -109,9 +117,9 @@ async def follow(
     while True:
         try:
             if not is_begun:
-                await follower.begin(start, from_start=from_start)
+                await cancellable(follower.begin(start, from_start=from_start))
                 is_begun = True
-            page = await follower.read()
+            page = await cancellable(follower.read())
         except (RedisConnectionError, RedisTimeoutError, OSError) as exc:
             await outage.wait(exc)
             continue
@@ -198,10 +206,12 @@ class _Follower:
 
     async def begin(self, start: Position | None, *, from_start: bool) -> None:
         """Find the keys and where to read them from."""
-        if await self._read_state() is None:
+        state = await self._read_state()
+        if state is None:
             raise StreamNotFound(
                 f"no stream {self._keys.stream_id!r} is in Redis; `surtitle streams` lists those that are"
             )
+        self._has_seen_end = state in END_STATES  # then nothing is worth waiting for, until a health record says more
         if start is not None:
             self._last_ids.update(start.last_ids)
         elif not from_start:

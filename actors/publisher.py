@@ -24,7 +24,7 @@ from pipeline.errors import StoreError
 
 __all__ = ["PublishCounters", "Publisher", "Resume", "StreamWriter"]
 
-_MAX_LIVE_LOOKED_AT = 64
+_NUM_LIVE_CHECKED = 16
 
 
 def utc_now() -> datetime:
@@ -179,10 +179,13 @@ class Publisher:
             keys=[INDEX_KEY], args=[keys.stream_id, epoch, iso_ms(started_at), params.index_maxlen]
         )
         await self._client.sadd(LIVE_KEY, keys.stream_id)
-        sample: list[Any] = await self._client.srandmember(LIVE_KEY, _MAX_LIVE_LOOKED_AT)  # type: ignore[assignment]
-        for stream_id in sample:
-            if not await self._client.exists(StreamKeys(stream_id).state):
-                await self._client.srem(LIVE_KEY, stream_id)
+        sample: list[Any] = await self._client.srandmember(LIVE_KEY, _NUM_LIVE_CHECKED)  # type: ignore[assignment]
+        async with self._client.pipeline(transaction=False) as pipeline:
+            for stream_id in sample:
+                pipeline.exists(StreamKeys(stream_id).state)
+            are_there = await pipeline.execute()
+        if gone := [stream_id for stream_id, is_there in zip(sample, are_there, strict=True) if not is_there]:
+            await self._client.srem(LIVE_KEY, *gone)
 
 
 def _resume_of(epoch: int, state: Mapping[str, str], last_ids: Mapping[str, str]) -> Resume:

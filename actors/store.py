@@ -9,11 +9,12 @@ import asyncio
 import logging
 import os
 import re
+from collections.abc import Coroutine
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self, TypeVar
 from urllib.parse import urlsplit
 
 import redis.asyncio as redis
@@ -29,6 +30,8 @@ from pipeline.params import Params
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 LIVE_KEY = "surtitle:live"
 """Set: ids of the streams that are live now."""
 INDEX_KEY = "surtitle:streams"
@@ -38,6 +41,7 @@ CANARY_KEY = "surtitle:canary"
 END_STATES = ("ended", "failed")
 """What the state hash says of a stream that is over; also the events of its last health record."""
 
+_CANCEL_AGAIN_S = 0.02
 _STREAM_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _LANGUAGE = re.compile(r"[A-Za-z]{2,3}(-[A-Za-z0-9]{2,8})*")
 _SCHEMES = ("redis", "rediss", "unix")
@@ -273,3 +277,29 @@ def public_address(url: str) -> str:
         return parts.path
     host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname
     return f"{parts.scheme}://{host}:{parts.port or 6379}{parts.path}"
+
+
+def raise_if_cancelled() -> None:
+    """Raise CancelledError if the running task was asked to cancel.
+
+    For tasks that loop around redis-py: it sends through asyncio.wait_for, which in Python 3.11 swallows a cancellation
+    that meets a send just finished (gh-86296); such a loop would never end.
+    """
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError
+
+
+async def cancellable(call: Coroutine[Any, Any, T]) -> T:
+    """Await `call`, a use of redis-py, so that a cancellation always gets through (see `raise_if_cancelled`)."""
+    task = asyncio.ensure_future(call)
+    try:
+        await asyncio.wait((task,))
+    except asyncio.CancelledError:
+        while not task.done():
+            task.cancel()
+            await asyncio.wait((task,), timeout=_CANCEL_AGAIN_S)
+        if not task.cancelled():
+            task.exception()  # nobody waits for it any more
+        raise
+    return task.result()

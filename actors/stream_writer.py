@@ -29,7 +29,7 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from actors.entries import Entry, EntryMaker
 from actors.owned_stream import Claim, OwnedStream
-from actors.store import END_STATES, RedisParams
+from actors.store import END_STATES, RedisParams, raise_if_cancelled
 from pipeline.errors import OwnershipLost, StoreError
 from pipeline.records import BaseRecord, HealthRecord
 
@@ -86,6 +86,7 @@ class StreamWriter:
         self._maker = EntryMaker(claim.keys.stream_id, claim.resume.epoch, claim.resume.last_ids, params)
         self._pending: deque[Entry] = deque()
         self._turn = asyncio.Lock()  # keeps concurrent publishers in the order in which they came
+        self._renewing = asyncio.Lock()
         self._has_work = asyncio.Event()
         self._has_space = asyncio.Event()
         self._is_idle = asyncio.Event()
@@ -230,6 +231,7 @@ class StreamWriter:
     async def _write_pending(self) -> None:
         num_failures = 0
         while self._failure is None:
+            raise_if_cancelled()
             await self._has_work.wait()
             batch = list(islice(self._pending, self._params.max_batch_records))
             if not batch:
@@ -311,15 +313,17 @@ class StreamWriter:
                 if time.monotonic() >= next_sweep_s:
                     await self.apply_retention()
                     next_sweep_s = time.monotonic() + self._params.sweep_interval_ms / 1_000
+            raise_if_cancelled()
             await asyncio.sleep(min(self._params.lease_ms / 3, self._params.sweep_interval_ms) / 1_000)
 
     async def _renew(self) -> None:
-        self._is_state_stale = False  # before the call: what changes during it is written by the next one
-        try:
-            await self._owned.renew()
-        except BaseException:
-            self._is_state_stale = True
-            raise
+        async with self._renewing:  # one at a time: of two on their way, the older one could be done last
+            self._is_state_stale = False  # before the call: what changes during it is written by the next one
+            try:
+                await self._owned.renew()
+            except BaseException:
+                self._is_state_stale = True
+                raise
 
     async def apply_retention(self) -> int:
         """Take entries older than the retention off the head of every key; return how many went.

@@ -147,6 +147,7 @@ class ReplyDropper:
         self._own_path = own_path
         self._is_armed = False
         self._server: asyncio.Server | None = None
+        self._connections: set[asyncio.Task[Any]] = set()
 
     def drop_next(self) -> None:
         """Swallow the next answer."""
@@ -160,16 +161,16 @@ class ReplyDropper:
         assert self._server is not None
         self._server.close()
         await self._server.wait_closed()
+        for connection in self._connections:
+            connection.cancel()
+        await asyncio.gather(*self._connections, return_exceptions=True)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connection = asyncio.current_task()
+        assert connection is not None
+        self._connections.add(connection)
         upstream_reader, upstream_writer = await asyncio.open_unix_connection(self._server_path)
-
-        async def requests() -> None:
-            while data := await reader.read(65_536):
-                upstream_writer.write(data)
-                await upstream_writer.drain()
-
-        forward = asyncio.create_task(requests())
+        requests = asyncio.create_task(_pass_on(reader, upstream_writer))
         try:
             while data := await upstream_reader.read(65_536):
                 if self._is_armed:
@@ -180,10 +181,20 @@ class ReplyDropper:
                 await writer.drain()
         except OSError:
             pass  # the client hung up
+        except asyncio.CancelledError:
+            pass  # the test is over; asyncio's stream server complains about handlers that end cancelled
         finally:
-            forward.cancel()
-            await asyncio.gather(forward, return_exceptions=True)
+            requests.cancel()
+            await asyncio.gather(requests, return_exceptions=True)
             for side in (writer, upstream_writer):
                 side.close()
                 with contextlib.suppress(OSError):
                     await side.wait_closed()
+            self._connections.discard(connection)
+
+
+async def _pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    while data := await reader.read(65_536):
+        writer.write(data)
+        await writer.drain()
+    writer.close()  # the client hung up: so does its connection to the server
