@@ -13,7 +13,6 @@ from actors.cli.options import (
     ConfigOption,
     FormatOption,
     OutputOption,
-    Runtime,
     RuntimeOption,
     SetOption,
     choose_format,
@@ -215,28 +214,36 @@ def config_check(
 
 @bench_app.command("accuracy")
 def bench_accuracy(
-    media: Annotated[Path, typer.Option("--media", metavar="DIR", help="Folder with media and their texts.")],
+    *,
+    media: Annotated[Path, typer.Option("--media", metavar="DIR", help="Folder with recordings and manifest.json.")],
+    is_given: Annotated[
+        bool, typer.Option("--given-language", help="Tell both paths the language instead of letting them detect it.")
+    ] = False,
     is_json: Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")] = False,
     config: ConfigOption = None,
     sets: SetOption = None,
 ) -> None:
-    """Word error rate of the live path, and of the same weights on whole files."""
+    """Word error rate of the live path, and of the same weights on whole recordings."""
     from actors.cli.benches import accuracy  # noqa: PLC0415
 
-    accuracy(load(config, sets).settings, media, is_json=is_json)
+    accuracy(load(config, sets).settings, media, is_given=is_given, is_json=is_json)
 
 
 @bench_app.command("live")
 def bench_live(
     *,
-    media: Annotated[Path, typer.Option("--media", metavar="FILE", help="Media that every stream plays.")],
-    num_streams: Annotated[int, typer.Option("--streams", metavar="N", min=1, max=1_000)] = 4,
+    media: Annotated[Path, typer.Option("--media", metavar="FILE", help="Recording that every stream plays.")],
+    num_streams: Annotated[int, typer.Option("--streams", metavar="N", min=1, max=1_000, help="Streams at once.")] = 4,
+    min_seconds: Annotated[
+        float,
+        typer.Option("--min-seconds", metavar="S", min=0, max=86_400, help="Loop shorter recordings to S seconds."),
+    ] = 0.0,
     is_json: Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")] = False,
-    runtime: RuntimeOption = Runtime.RAY,
+    runtime: RuntimeOption = None,
     config: ConfigOption = None,
     sets: SetOption = None,
 ) -> None:
-    """Latencies and CPU time with N streams at once, in real time."""
+    """Latencies and CPU time with N streams at once, in real time, as a consumer of Redis sees them."""
     from actors.cli.benches import live  # noqa: PLC0415
 
-    live(load(config, sets, runtime).settings, media, num_streams, is_json=is_json)
+    live(load(config, sets, runtime).settings, media, num_streams, min_seconds, is_json=is_json)

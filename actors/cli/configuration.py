@@ -10,11 +10,16 @@ from actors.cli.console import note
 from actors.settings import LoadedSettings, check_config
 from pipeline.errors import ConfigError
 
+_WIDE = 60
+"""Longer lines do not set the width of the column."""
+
 
 def show_settings(loaded: LoadedSettings, *, is_changed_only: bool) -> None:
     """Print `key: value  # origin`, one a line."""
     values = [item for item in loaded.effective_values() if not is_changed_only or item.origin != "default"]
-    width = max((len(f"{item.key}: {item.value}") for item in values if len(item.value) <= _WIDE), default=0)
+    width = max(
+        (len(f"{item.key}: {item.value}") for item in values if len(item.key) + len(item.value) <= _WIDE), default=0
+    )
     for item in values:
         typer.echo(f"{f'{item.key}: {item.value}':{width}}  # {item.origin}")
 
@@ -34,7 +39,3 @@ def check_files(names: Iterable[str]) -> int:
         else:
             typer.echo(f"{name}: ok")
     return status
-
-
-_WIDE = 40
-"""Longer values do not set the width of the column."""

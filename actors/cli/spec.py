@@ -9,6 +9,7 @@ import typer
 from pydantic import ValidationError
 
 from actors.spec import StreamSpec
+from pipeline.errors import MediaError, SourceNotFound
 
 _FLAGS = {
     "source": "SOURCE",
@@ -18,18 +19,31 @@ _FLAGS = {
     "summary_minutes": "--summary",
 }
 
+_FORMS = {
+    "stream_id": "give 1 to 64 of A-Z a-z 0-9 . _ -",
+    "language": "give a code such as de, or auto",
+    "translate_to": "give a code such as en",
+}
+
 
 def make_spec(**values: Any) -> StreamSpec:
     """Return the specification; a path becomes absolute, since a gateway has a working directory of its own.
 
     Raises:
         typer.BadParameter: naming the flag, if a value has not the right form.
+        SourceNotFound: if a path leads nowhere; told here, before any model is loaded.
     """
     if "://" not in values["source"]:
-        values["source"] = str(Path(values["source"]).expanduser().absolute())
+        path = Path(values["source"]).expanduser()
+        if not path.exists():
+            raise SourceNotFound(f"{path}: no such file: check the path")
+        if path.is_dir():
+            raise MediaError(f"{path} is a directory: give one media file")
+        values["source"] = str(path.absolute())
     try:
         return StreamSpec(**values)
     except ValidationError as exc:
-        detail = exc.errors(include_url=False, include_context=False, include_input=False)[0]
-        flag = _FLAGS.get(str(detail["loc"][0]), str(detail["loc"][0]))
-        raise typer.BadParameter(f"{flag}: {detail['msg']}") from exc
+        details = exc.errors(include_url=False, include_context=False, include_input=False)
+        field = str(details[0]["loc"][0])
+        expected = _FORMS.get(field) or details[0]["msg"]
+        raise typer.BadParameter(f"{_FLAGS.get(field, field)}: {expected}") from exc
