@@ -83,6 +83,7 @@ class LiveReport:
     language: str | None
     streams: tuple[StreamResult, ...]
     usage: ProcessUsage
+    is_whole_service: bool  # nothing of it ran where its processes cannot be seen
 
     @property
     def latencies(self) -> Latencies:
@@ -125,6 +126,7 @@ class LiveReport:
             "finalisation_ms": Percentiles.of(total.finalisation_ms).to_json(),
             "cadence_ms": Percentiles.of(total.cadence_ms).to_json(),
             "cpu_s_per_audio_s": round(self.usage.cpu_s / audio_s, 4),
+            "cpu_counts_every_process": self.is_whole_service,
             "cpu_s_by_process": {
                 name: round(used_s, 2)
                 for name, used_s in sorted(self.usage.cpu_s_by_name.items(), key=lambda item: -item[1])
@@ -184,6 +186,7 @@ async def measure_live(options: LiveOptions, on_progress: Progress | None = None
                 language=played.clip.language if played.has_reference else None,
                 streams=tuple(streams),
                 usage=usage,
+                is_whole_service=store.is_embedded and (settings.runtime == "local" or settings.ray.address is None),
             )
 
 

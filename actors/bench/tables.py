@@ -54,8 +54,11 @@ def live_table(report: LiveReport) -> RenderableType:
     ):
         percentiles = Percentiles.of(values)
         table.add_row(label, _whole(percentiles.p50), _whole(percentiles.p95), str(percentiles.num))
+    everything = f"all {figures['num_processes']} processes"
+    if not report.is_whole_service:
+        everything = f"{figures['num_processes']} processes, without the cluster or store elsewhere"
     lines = [
-        f"CPU {figures['cpu_s_per_audio_s']:.3f} s per second of audio, all {figures['num_processes']} processes, "
+        f"CPU {figures['cpu_s_per_audio_s']:.3f} s per second of audio, {everything}, "
         f"{figures['num_cpus']} cores; memory {figures['memory_mib_at_start']:.0f} MiB at start, "
         f"{figures['memory_mib_per_stream']:.1f} MiB more a stream",
         f"{total.num_finals} finals, {total.num_finals_lost} lost, {total.num_duplicate_finals} twice; "
