@@ -41,7 +41,6 @@ _RAY_ENVIRONMENT = {
     # The gateway is asynchronous: a router thread of its own would only add a hop to every call.
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
     "RAY_SERVE_LOG_TO_STDERR": "0",
-    "RAY_AUTH_MODE": "token",
 }
 
 
@@ -103,10 +102,9 @@ class RayApp:
         params = self._settings.ray
         environment = dict(_RAY_ENVIRONMENT)
         if self._is_own_cluster:
-            # A token for this cluster alone, which is written nowhere; its processes inherit it.
+            # Ray switches token authentication on for a cluster of its own, and would keep the token in the home
+            # directory. This one is for this cluster alone and written nowhere; its processes inherit it.
             environment["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-        else:
-            del environment["RAY_AUTH_MODE"]  # an existing cluster has its own mode and token
         for name, value in (environment | COMPUTE_ENVIRONMENT).items():
             os.environ.setdefault(name, value)
 
@@ -161,6 +159,8 @@ class RayApp:
         from actors.decoder import Decoder  # noqa: PLC0415
         from actors.serve_stages import DECODER, DECODER_APP, ENCODER, ENCODER_APP  # noqa: PLC0415
 
+        # It tells every start to stderr, where people read their captions.
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
         settings = self._settings
         deployment: Any = serve.deployment
         encoder = deployment(AudioEncoder).options(

@@ -57,7 +57,8 @@ class ServeStages(StageDriver):
             raise ServiceError(f"the stages did not start within {start_timeout_s:.0f} s") from exc
         except (RayError, RayServeException) as exc:
             raise ServiceError(f"the stages did not start: {_first_line(exc)}") from exc
-        transport = ServeTransport(encoder, decoder, dispatch.max_calls_per_replica * num_encoder_replicas)
+        max_calls = dispatch.max_calls_per_replica * num_encoder_replicas
+        transport = ServeTransport(encoder, decoder, max_calls)
         cost = CostModel(encoder_info.cost.estimate_ms)
         stages = cls(transport, stages_info(encoder_info, decoder_info), dispatch, cost, metrics)
         stages.start()
@@ -69,6 +70,7 @@ class ServeTransport:
 
     def __init__(self, encoder: DeploymentHandle[Any], decoder: DeploymentHandle[Any], max_calls: int) -> None:
         self.max_calls = max_calls
+        self._handles: tuple[DeploymentHandle[Any], ...] = (encoder, decoder)
         self._encode = encoder.options(method_name="encode")
         self._decode = decoder.options(method_name="decode", stream=True)
 
@@ -90,7 +92,11 @@ class ServeTransport:
             yield ServeLane(self._encode, self._decode, selection)
 
     async def aclose(self) -> None:
-        """Do nothing: routers end with the process, which other handles of it may still use."""
+        """End the routers. Idempotent."""
+        for handle in self._handles:
+            router: Any = handle
+            await router.shutdown_async()
+        self._handles = ()
 
 
 class ServeLane:

@@ -114,6 +114,11 @@ class StageDriver:
         """What answers."""
         return self._info
 
+    @property
+    def num_in_flight(self) -> int:
+        """Snapshots that are with the models."""
+        return self._queue.num_in_flight
+
     def start(self) -> None:
         """Start sending. Call once, on the event loop that will submit."""
         self._sender = asyncio.create_task(self._send_forever(), name="stage-sender")

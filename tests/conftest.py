@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from tests.media import make_media
+from tests.ray_cluster import ray_cluster
 from tests.stores import data_dir, embedded_redis, publisher, redis_params
 
-__all__ = ["data_dir", "embedded_redis", "publisher", "redis_params"]
+__all__ = ["data_dir", "embedded_redis", "publisher", "ray_cluster", "redis_params"]
 
 
 @pytest.fixture(scope="session")
