@@ -222,6 +222,11 @@ class _Follower:
         """Return what comes next, in order; empty when nothing came for a while. Sets `is_over` behind the end."""
         is_ending = self._until_ended and self._has_seen_end
         page = await self._read_page(block_ms=None if is_ending else self._block_ms)
+        if any(_is_end(read) for read in page):  # what came under keys that are not known yet belongs before it
+            known = self._names()
+            await self._read_state()
+            if self._names() != known:
+                page = await self._read_page(block_ms=None)
         if page:
             return page
         # Nothing waits. The state hash knows languages that came later, and an end that was trimmed or read before.
@@ -235,7 +240,7 @@ class _Follower:
         """Take note that `read` was handed on."""
         self._last_ids[read.name] = read.entry_id
         if read.name == KeyKind.HEALTH:
-            self._has_seen_end = read.fields.get("event") in END_STATES
+            self._has_seen_end = _is_end(read)
 
     async def _read_state(self) -> str | None:
         state, languages = await self._client.hmget(self._keys.state, ["state", "target_languages"])
@@ -265,6 +270,10 @@ class _Follower:
         return merge({by_key[key]: [_Read(by_key[key], *entry) for entry in entries] for key, entries in pages})
 
 
+def _is_end(read: _Read) -> bool:
+    return read.name == KeyKind.HEALTH and read.fields.get("event") in END_STATES
+
+
 def merge(pages: Mapping[str, list[_Read]]) -> list[_Read]:
     """Return the entries of one page of every key in the order of `emitted_at`, each key's own order kept.
 
@@ -277,8 +286,7 @@ def merge(pages: Mapping[str, list[_Read]]) -> list[_Read]:
         latest = ""
         for read in page:
             latest = max(latest, read.fields.get("emitted_at", ""))  # a clock that was set back changes no order
-            is_end = name == KeyKind.HEALTH and read.fields.get("event") in END_STATES
-            keyed.append(((latest, is_end, name), read))
+            keyed.append(((latest, _is_end(read), name), read))
         if len(page) >= _PAGE_ENTRIES:
             limits.append(latest)
     keyed.sort(key=lambda item: item[0])

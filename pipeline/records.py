@@ -1,8 +1,8 @@
 """The records: what an entry of a Redis stream holds (docs/records.md).
 
-These models are the contract with every consumer. Their JSON Schema is committed (docs/records.schema.json); a test fails
-when it changes without a new `SCHEMA_VERSION`. An entry's fields are flat strings: `to_fields` writes
-them (lists as JSON, None left out), `record_from_fields` reads them back.
+These models are the contract with every consumer. Their JSON Schema is committed (docs/records.schema.json); a test
+fails when it changes without a new `SCHEMA_VERSION`. An entry's fields are flat strings: `to_fields` writes them (lists
+as JSON, None left out), `record_from_fields` reads them back.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ class BaseRecord(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    v: int = SCHEMA_VERSION
-    stream: str
-    start_ms: int = Field(ge=0)
-    end_ms: int = Field(ge=0)
+    v: int = Field(default=SCHEMA_VERSION, description="schema version")
+    stream: str = Field(description="id of the stream")
+    start_ms: int = Field(ge=0, description="media time at which what the record is about begins")
+    end_ms: int = Field(ge=0, description="media time at which it ends")
     utc_start: str | None = Field(default=None, description="start_ms mapped to UTC by the stream's anchors, ISO 8601")
     emitted_at: str | None = Field(default=None, description="wall clock when the record was made, UTC, ISO 8601")
 
@@ -43,14 +43,14 @@ class BaseRecord(BaseModel):
 class SpeechRecord(BaseRecord):
     """What records about one utterance share."""
 
-    utterance: int = Field(ge=1)
-    revision: int = Field(ge=1)
-    channel: int = Field(ge=0)
-    text: str
-    language: str
-    language_source: Literal["given", "detected", "tier"]
-    tier: Literal["edge", "phi4"]
-    words: list[WordRecord] = Field(default_factory=list)
+    utterance: int = Field(ge=1, description="number of the utterance in its stream")
+    revision: int = Field(ge=1, description="number of the snapshot of the utterance that was heard for this")
+    channel: int = Field(ge=0, description="the microphone, counted from 0")
+    text: str = Field(description="what was said")
+    language: str = Field(description="spoken language, ISO 639-1")
+    language_source: Literal["given", "detected", "tier"] = Field(description="who says that it is this language")
+    tier: Literal["edge", "phi4"] = Field(description="which models answered")
+    words: list[WordRecord] = Field(default_factory=list, description="the words with their media times; finals only")
     guard: str | None = Field(default=None, description="the guard that cut or emptied the text, if one fired")
 
 
@@ -58,24 +58,24 @@ class PartialRecord(SpeechRecord):
     """A transcript that may be revised. Its first `stable_chars` characters stay until the final."""
 
     kind: Literal["partial"] = "partial"
-    stable_chars: int = Field(ge=0)
+    stable_chars: int = Field(ge=0, description="so many characters of the text stay as they are until the final")
 
 
 class FinalRecord(SpeechRecord):
     """A transcript that never changes. `sequence` counts the stream's finals from 1; an empty text means: no speech."""
 
     kind: Literal["final"] = "final"
-    sequence: int = Field(ge=1)
-    close_reason: str
-    average_logprob: float
+    sequence: int = Field(ge=1, description="number of the final in its stream, without holes")
+    close_reason: str = Field(description="why the utterance ended: pause, long, limit or end")
+    average_logprob: float = Field(description="mean log-probability of the text's tokens")
 
 
 class TranslationRecord(SpeechRecord):
     """The translation of one final; its entry has the final's id."""
 
     kind: Literal["translation"] = "translation"
-    sequence: int = Field(ge=1)
-    target_language: str
+    sequence: int = Field(ge=1, description="number of the final that is translated")
+    target_language: str = Field(description="language of the text, ISO 639-1")
 
 
 class ErrorRecord(BaseRecord):
@@ -83,29 +83,31 @@ class ErrorRecord(BaseRecord):
 
     kind: Literal["error"] = "error"
     utterance: int = Field(ge=0, description="0 when no utterance is concerned")
-    sequence: int = Field(ge=0)
-    task: str
-    message: str
+    sequence: int = Field(ge=0, description="number of the final in whose place this stands, 0 for none")
+    task: str = Field(description="what failed: transcribe, translate:LANG, …")
+    message: str = Field(description="why")
 
 
 class SummaryRecord(BaseRecord):
     """A rolling or closing summary of the finals `covers_from`..`covers_to` (sequences)."""
 
     kind: Literal["summary"] = "summary"
-    text: str
-    scope: Literal["rolling", "closing"]
-    covers_from: int = Field(ge=1)
-    covers_to: int = Field(ge=1)
-    language: str
-    tier: Literal["edge", "phi4"]
+    text: str = Field(description="the summary")
+    scope: Literal["rolling", "closing"] = Field(description="of the last minutes, or of the whole stream at its end")
+    covers_from: int = Field(ge=1, description="sequence of the first final that it is about")
+    covers_to: int = Field(ge=1, description="sequence of the last one")
+    language: str = Field(description="language of the text, ISO 639-1")
+    tier: Literal["edge", "phi4"] = Field(description="which models answered")
 
 
 class HealthRecord(BaseRecord):
     """Something that happened to the stream itself."""
 
     kind: Literal["health"] = "health"
-    event: Literal["started", "resumed", "gap", "overload", "level", "error", "ended", "failed"]
-    message: str = ""
+    event: Literal["started", "resumed", "gap", "overload", "level", "error", "ended", "failed"] = Field(
+        description="what happened"
+    )
+    message: str = Field(default="", description="more about it, for people")
 
 
 Record = Annotated[

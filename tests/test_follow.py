@@ -218,13 +218,13 @@ entry_ids = st.tuples(st.integers(1, 2**53), st.integers(0, 2**53)).map(lambda p
 
 
 @given(st.dictionaries(names, entry_ids))
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 def test_a_position_is_read_back_as_it_was_written(last_ids: dict[str, str]) -> None:
     assert Position.parse(str(Position(last_ids))).last_ids == last_ids
 
 
 @given(st.text(max_size=40))
-@settings(max_examples=100)
+@settings(max_examples=100, deadline=None)
 def test_any_text_is_a_position_or_a_clear_error(text: str) -> None:
     try:
         position = Position.parse(text)
