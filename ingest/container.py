@@ -172,6 +172,9 @@ class ContainerSource:
         if process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
+        # a pipe that is paused for back-pressure does not see its end, and would stay open
+        while process.stdout is not None and await process.stdout.read(_READ_BYTES):
+            pass
         await process.wait()
 
     async def _next_message(self) -> Message:

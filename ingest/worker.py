@@ -206,7 +206,7 @@ def messages(location: str, params: AudioParams, parent_pid: int) -> Iterator[Me
                 num_samples += block.samples.shape[1]
                 yield block
             if num_samples == 0:
-                raise MediaError("the audio track is empty: it holds no sound at all")
+                raise MediaError("no sound can be decoded: the audio track is empty or damaged")
             yield Ended(normalizer.num_nonfinite)
 
 
