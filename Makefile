@@ -7,6 +7,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check
 STAMP := $(VENV)/.surtitle-installed
 SOURCES := pipeline ingest actors configs scripts tests
 # A CPU-only torch where PyPI's would bring CUDA: make setup TORCH_INDEX=https://download.pytorch.org/whl/cpu
@@ -26,13 +27,13 @@ setup: $(STAMP)  ## make .venv with everything that is pinned
 $(STAMP): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' \
 	  || { echo "surtitle needs Python 3.11 to 3.13, $(PYTHON) is $$($(PYTHON) --version): make PYTHON=python3.11 …" >&2; exit 1; }
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
-	torch="$$(sed -nE 's/^ *"(torch==[^"]+)",$$/\1/p' pyproject.toml)"; \
-	  $(BIN)/python -m pip install --quiet --disable-pip-version-check \
-	    $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) "$$torch"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
-	touch $@
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV): two minutes when pip has the files already" >&2
+	@$(PIP_INSTALL) --require-hashes -r requirements.lock
+	@torch="$$(sed -nE 's/^ *"(torch==[^"]+)",$$/\1/p' pyproject.toml)"; \
+	  $(PIP_INSTALL) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) "$$torch"
+	@$(PIP_INSTALL) --no-deps --no-build-isolation --editable .
+	@touch $@
 
 # flite, espeak-ng and sox speak the demo and the media of the tests.
 tools:

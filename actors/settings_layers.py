@@ -93,7 +93,9 @@ def from_file(path: Path, model: type[BaseModel]) -> list[Given]:
     if root is None:
         return []
     if not isinstance(root, yaml.MappingNode):
-        raise ConfigError(f"{path}:{root.start_mark.line + 1}: expected sections such as `vad:`, got {root.value!r}")
+        raise ConfigError(
+            f"{_shown(path)}:{root.start_mark.line + 1}: expected sections such as `vad:`, got {root.value!r}"
+        )
     try:
         return list(_walk(root, path, "", model))
     except RecursionError as exc:
@@ -103,9 +105,11 @@ def from_file(path: Path, model: type[BaseModel]) -> list[Given]:
 def _walk(node: yaml.MappingNode, path: Path, prefix: str, model: type[BaseModel]) -> Iterator[Given]:
     lines: dict[str, int] = {}
     for key_node, value_node in node.value:
+        if not isinstance(key_node, yaml.ScalarNode):
+            raise ConfigError(f"{_shown(path)}:{key_node.start_mark.line + 1}: unknown key; a key is a plain word")
         key, line = f"{prefix}{key_node.value}", key_node.start_mark.line + 1
         if key in lines:
-            raise ConfigError(f"{path}:{line}: {key} is given twice (first in line {lines[key]}); remove one")
+            raise ConfigError(f"{_shown(path)}:{line}: {key} is given twice (first in line {lines[key]}); remove one")
         lines[key] = line
         is_section = isinstance(value_node, yaml.MappingNode) and bool(value_node.value)
         if is_section:
@@ -156,11 +160,8 @@ def _from_text(key: str, text: str, origin: str, model: type[BaseModel]) -> Give
     if field is not None:
         if accepts_none(field.info) and text.lower() in {"", "null", "none"}:
             value = None
-        elif field.is_section or text.startswith("["):
-            try:
-                value = yaml.safe_load(text)
-            except yaml.YAMLError:
-                value = text
         elif is_list(field.info):
-            value = [part.strip() for part in text.split(",") if part.strip()]
+            value = [part.strip() for part in text.strip("[]").split(",") if part.strip()]
+        elif field.is_section:
+            value = {} if text in {"", "{}"} else text
     return Given(key, value, origin, text)

@@ -197,6 +197,9 @@ def _unknown_key(item: Given, model: type[BaseModel]) -> str:
     elsewhere = [key for key in _all_keys(model) if key.rpartition(".")[2] == name]
     if elsewhere:
         return f"unknown key here{_did_you_mean(elsewhere[:1])}"
+    for top in () if prefix else model.model_fields:
+        if name.startswith(f"{top}_"):
+            return f"unknown key; did you mean {top}.{name.removeprefix(f'{top}_')} (SURTITLE_{top.upper()}__…)?"
     what = f"keys of {prefix}" if prefix else "sections"
     return f"unknown key; {what}: {', '.join(section.model_fields)}"
 
