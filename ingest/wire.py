@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -75,7 +76,7 @@ Message = Opened | AudioBlock | SourceGap | Failed | Ended
 
 
 def encode(message: Message) -> bytes:
-    """Return the bytes of `message`. Long texts are cut.
+    """Return the bytes of `message`. Long texts are cut, what cannot be printed becomes a question mark.
 
     Raises:
         ValueError: if a block has more than 1,280 samples or 8 channels, or a number does not fit.
@@ -142,6 +143,7 @@ def _pack_count(count: int) -> bytes:
 
 
 def _pack_text(text: str) -> bytes:
+    text = "".join(character if character.isprintable() else "?" for character in text)
     return text.encode(errors="replace")[:MAX_TEXT_BYTES].decode(errors="ignore").encode()
 
 
@@ -149,9 +151,17 @@ def _unpack_text(payload: bytes) -> str:
     if len(payload) > MAX_TEXT_BYTES:
         raise WireError(f"text of {len(payload)} bytes is over the limit of {MAX_TEXT_BYTES}")
     try:
-        return payload.decode()
+        text = payload.decode()
     except UnicodeDecodeError as error:
         raise WireError("text is not UTF-8") from error
+    return _printable(text)
+
+
+def _printable(text: str) -> str:
+    """Return `text`; it will be shown in terminals, which control characters could take over."""
+    if not text.isprintable():
+        raise WireError("text has characters that cannot be printed")
+    return text
 
 
 def _decode_opened(payload: bytes) -> Opened:
@@ -161,6 +171,9 @@ def _decode_opened(payload: bytes) -> Opened:
         raise WireError(f"malformed description of a source: {error.error_count()} wrong fields") from error
     if not 1 <= info.num_channels <= MAX_CHANNELS:
         raise WireError(f"a source of {info.num_channels} channels, expected 1 to {MAX_CHANNELS}")
+    if info.duration_s is not None and not 0 <= info.duration_s < math.inf:
+        raise WireError(f"a source of {info.duration_s} s")
+    _printable(info.container + info.codec)
     return Opened(info)
 
 

@@ -99,6 +99,8 @@ def describe(container: InputContainer, track: AudioStream, params: AudioParams)
         duration_s = float(track.duration * track.time_base)
     elif container.duration is not None:
         duration_s = container.duration / 1_000_000
+    if duration_s is not None and duration_s < 0:
+        duration_s = None
     channels = track.codec_context.channels
     return SourceInfo(
         num_channels=1 if params.channels is ChannelMode.MIX else channels,
@@ -116,29 +118,32 @@ def decode(container: InputContainer, track: AudioStream) -> Iterator[av.AudioFr
     Raises:
         MediaError: nothing can be decoded, or nothing any more.
     """
-    num_bad, last_error, has_sound = 0, "no packet", False
-    packets = container.demux(track)
-    while True:
+    num_bad, last_error, has_sound = 0, "", False
+    for packet in _packets(container, track):
         try:
-            packet = next(packets, None)
-        except av.FFmpegError as error:
-            raise MediaError(f"the file breaks off: {_reason(error)}") from error
-        if packet is None:
-            break
-        try:
-            frames = track.codec_context.decode(packet if packet.size else None)
-        except av.EOFError:
-            break
+            frames = track.codec_context.decode(packet)
         except (av.FFmpegError, ValueError) as error:
             num_bad, last_error = num_bad + 1, _reason(error)
             if num_bad >= _MAX_BAD_PACKETS:
                 raise MediaError(f"{num_bad} packets in a row cannot be decoded: {last_error}") from error
             continue
         for frame in frames:
-            num_bad, has_sound = 0, True
-            yield frame
+            if frame.samples:
+                num_bad, has_sound = 0, True
+                yield frame
     if num_bad and not has_sound:
         raise MediaError(f"the audio track cannot be decoded: {last_error}")
+
+
+def _packets(container: InputContainer, track: AudioStream) -> Iterator[av.Packet[AudioStream] | None]:
+    """Yield the packets that hold something, then None, at which a decoder gives what it still has."""
+    try:
+        for packet in container.demux(track):
+            if packet.size:
+                yield packet
+    except av.FFmpegError as error:
+        raise MediaError(f"the file breaks off: {_reason(error)}") from error
+    yield None
 
 
 class Timeline:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import struct
 
 import numpy as np
@@ -23,7 +24,7 @@ from ingest.wire import (
     encode,
 )
 
-texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
+texts = st.text(max_size=40).map(lambda text: "".join(c for c in text if c.isprintable()))
 infos = st.builds(
     SourceInfo,
     num_channels=st.integers(1, 8),
@@ -44,6 +45,19 @@ messages = st.one_of(
     st.builds(Failed, st.sampled_from(FailureKind), texts),
     st.builds(Ended, st.integers(0, (1 << 64) - 1)),
 )
+
+
+def described(**changes: object) -> bytes:
+    fields = {
+        "num_channels": 1,
+        "native_rate_hz": 16_000,
+        "native_channels": 1,
+        "duration_s": None,
+        "container": "wav",
+        "codec": "pcm_s16le",
+    }
+    payload = json.dumps(fields | changes).encode()
+    return b"I" + struct.pack("<I", len(payload)) + payload
 
 
 def is_same(one: Message, other: Message) -> bool:
@@ -107,6 +121,11 @@ def test_any_payload_is_a_message_within_bounds_or_refused(kind: bytes, payload:
         (b"G\x01\0\0\0a", "too short"),
         (b"X\x01\0\0\0\x09", "unknown kind"),
         (b"X\x02\0\0\0\x01\xff", "not UTF-8"),
+        (b"X\x02\0\0\0\x01\x1b", "cannot be printed"),
+        (described(duration_s=float("nan")), "nan s"),
+        (described(duration_s=-1.0), "-1.0 s"),
+        (described(codec="pcm\x1b[2J"), "cannot be printed"),
+        (described(num_channels=9), "9 channels"),
         (b"X" + struct.pack("<I", MAX_TEXT_BYTES + 2) + b"\x01" + b"a" * (MAX_TEXT_BYTES + 1), "over the limit"),
         (b"I\x02\0\0\0{}", "6 wrong fields"),
         (b"E\x01\0\0\0\x01", "expected 8"),
@@ -132,6 +151,11 @@ def test_the_biggest_block_fits_and_a_bigger_one_is_not_sent() -> None:
         encode(AudioBlock(np.zeros((1, MAX_BLOCK_SAMPLES + 1), np.int16)))
     with pytest.raises(ValueError, match="does not fit"):
         encode(AudioBlock(np.zeros((9, 10), np.int16)))
+
+
+def test_a_message_is_always_one_line() -> None:
+    (received,) = WireParser().feed(encode(Failed(FailureKind.MEDIA, "two\nlines\x1b[2J.wav")))
+    assert received == Failed(FailureKind.MEDIA, "two?lines?[2J.wav")
 
 
 def test_long_texts_are_cut_at_a_character() -> None:
