@@ -168,7 +168,7 @@ class AccuracyReport:
 def run_accuracy(options: AccuracyOptions, on_progress: Progress | None = None) -> AccuracyReport:
     """Run live path and yardstick over all recordings of the manifest, and over streams joined of them.
 
-    Takes about as long as the sound itself on two cores. Sets torch's thread count.
+    Takes about as long as the sound itself on one core. Sets torch's thread count.
 
     Raises:
         MediaError: if the manifest or a recording cannot be used, or nothing in it is English.
@@ -188,7 +188,8 @@ def run_accuracy(options: AccuracyOptions, on_progress: Progress | None = None) 
         )
         for index in range(options.num_joined)
     ]
-    torch.set_num_threads(choose_num_threads(settings.model.encoder_threads, "encoder"))
+    # Both stages share this process's count; passes of the decoder are many and short and lose most by too many.
+    torch.set_num_threads(choose_num_threads(settings.model.decoder_threads, "decoder"))
     measure = _Measurement(options, len(clips) + len(joined), on_progress)
     return AccuracyReport(
         model=settings.model.name,
