@@ -97,7 +97,10 @@ class Publisher:
         Raises:
             ConfigError: if the id or a language is not usable.
             StoreError: if the store does not answer, or another owner's lease runs and may not be taken over.
+            ValueError: if `started_at` has no time zone.
         """
+        if started_at.tzinfo is None:
+            raise ValueError(f"started_at {started_at.isoformat()} has no time zone: give an aware datetime")
         wanted = _Wanted(
             keys=StreamKeys(stream_id),
             token=secrets.token_hex(16),

@@ -198,6 +198,30 @@ async def test_a_writer_that_was_superseded_can_change_nothing(embedded_redis: S
         assert await embedded_redis.client().smembers(LIVE_KEY) == {"s"}
 
 
+async def test_of_two_owners_with_the_same_epoch_only_the_last_to_claim_may_write(embedded_redis: Store) -> None:
+    async with Publisher(embedded_redis) as first_publisher, Publisher(embedded_redis) as second_publisher:
+        first = await first_publisher.open_stream("s", STARTED_AT)
+        await first.flush()
+        await embedded_redis.client().delete(first.keys.state)  # as if the server had lost its last second
+        second = await second_publisher.open_stream("s", STARTED_AT)
+        assert first.resume.epoch == second.resume.epoch == 1
+        await second.publish(final("s", 1, text="of the owner"))
+        await second.flush()
+        with pytest.raises(OwnershipLost):
+            await first.publish(final("s", 1, text="of a zombie"))
+            await first.flush()
+        stored = await entries(embedded_redis, second, "transcripts")
+        assert [fields["text"] for _, fields in stored] == ["of the owner"]
+
+
+async def test_many_publishers_of_one_stream_keep_the_order_in_which_they_came(data_dir: Path) -> None:
+    async with Store(RedisParams(data_dir=data_dir, max_pending_records=4)) as store, Publisher(store) as publisher:
+        writer = await publisher.open_stream("s", STARTED_AT)
+        given = await asyncio.gather(*(writer.publish(final("s", n)) for n in range(1, 101)))
+        await writer.flush()
+        assert given == await ids(store, writer, "transcripts") == [f"{n}-1" for n in range(1, 101)]
+
+
 async def test_the_owner_learns_of_a_takeover_from_its_lease_without_writing(data_dir: Path) -> None:
     params = RedisParams(data_dir=data_dir, lease_ms=300)
     async with Store(params) as store, Publisher(store) as publisher, Publisher(store) as other:
@@ -294,6 +318,8 @@ async def test_ids_that_cannot_be_part_of_a_key_are_refused(publisher: Publisher
     for stream_id in ("", "a b", "x" * 65, "a}b", "\N{LATIN SMALL LETTER E WITH ACUTE}"):
         with pytest.raises(ConfigError, match="stream id"):
             await publisher.open_stream(stream_id, STARTED_AT)
+    with pytest.raises(ValueError, match="no time zone"):
+        await publisher.open_stream("s", STARTED_AT.replace(tzinfo=None))
     with pytest.raises(ConfigError, match="language tag"):
         await publisher.open_stream("s", STARTED_AT, target_languages=["to English"])
 
