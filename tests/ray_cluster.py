@@ -42,13 +42,8 @@ class RayCluster:
                     pids.append(process.pid)
         return pids
 
-    def freeze(self, deployment: str) -> None:
-        """Stop the replicas of `deployment` as they are (SIGSTOP), so that calls stay in flight to them."""
-        for pid in self.replica_pids(deployment):
-            os.kill(pid, signal.SIGSTOP)
-
     def kill(self, deployment: str) -> None:
-        """kill -9 the replicas of `deployment`, frozen or not."""
+        """kill -9 the replicas of `deployment`."""
         for pid in self.replica_pids(deployment):
             os.kill(pid, signal.SIGKILL)
 

@@ -58,8 +58,13 @@ def snapshot(utterance: int, samples: np.ndarray, *, revision: int = 1, is_final
     )
 
 
-async def outcomes_of(stages: StageDriver, item: Snapshot) -> list[Outcome]:
-    return [outcome async for outcome in stages.submit(item)]
+async def outcomes_of(stages: StageDriver, item: Snapshot, first: asyncio.Event | None = None) -> list[Outcome]:
+    outcomes = []
+    async for outcome in stages.submit(item):
+        outcomes.append(outcome)
+        if first is not None:
+            first.set()
+    return outcomes
 
 
 def without_effort(outcomes: list[Outcome]) -> list[Outcome]:
@@ -106,10 +111,11 @@ async def test_finals_are_the_same_when_a_replica_is_killed_under_them(
 ) -> None:
     metrics = Metrics()
     async with open_stages(ray_cluster, metrics) as stages:
-        ray_cluster.freeze(deployment)
         partial = snapshot(9, finals[0].samples, is_final=False)
-        tasks = [asyncio.create_task(outcomes_of(stages, item)) for item in (*finals, partial)]
-        await until(lambda: stages.num_in_flight > 0)
+        first_outcome = asyncio.Event()
+        tasks = [asyncio.create_task(outcomes_of(stages, item, first_outcome)) for item in (*finals, partial)]
+        # The decoder has accepted its calls when its first outcome comes, the encoder when one is in flight.
+        await until(lambda: first_outcome.is_set() if deployment == "Decoder" else stages.num_in_flight > 0)
         ray_cluster.kill(deployment)
         outcomes = await asyncio.gather(*tasks)
     assert [without_effort(each) for each in outcomes[:-1]] == expected
