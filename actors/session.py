@@ -13,10 +13,9 @@ from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Protocol, cast
 
-from ingest.source import AudioBlock, Source, SourceGap
-
 from actors.publisher import Publisher, StreamWriter
 from actors.stages import Stages, StagesInfo
+from ingest.source import AudioBlock, Source, SourceGap
 from pipeline.errors import ConfigError, MediaError
 from pipeline.items import Outcome, Snapshot
 from pipeline.records import BaseRecord

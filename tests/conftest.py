@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
+from actors.threads import COMPUTE_ENVIRONMENT
 from tests.media import make_media
 from tests.ray_cluster import ray_cluster
 from tests.stores import data_dir, embedded_redis, publisher, redis_params
+
+# Before any test imports torch: see COMPUTE_ENVIRONMENT.
+os.environ.update(COMPUTE_ENVIRONMENT)
 
 __all__ = ["data_dir", "embedded_redis", "publisher", "ray_cluster", "redis_params"]
 

@@ -1,0 +1,217 @@
+"""Sessions over real in-process stages, a real Redis-protocol server and a source made of samples."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+import pytest
+import pytest_asyncio
+from numpy.typing import NDArray
+
+from actors.dispatch import DispatchParams
+from actors.follow import follow
+from actors.local_stages import LocalStages
+from actors.metrics import Metrics
+from actors.publisher import Publisher
+from actors.session import Scheduling, Session, SessionState
+from actors.stages import Stages
+from actors.store import RedisParams, Store
+from ingest.source import AudioBlock, SourceGap, SourceInfo
+from pipeline.audio.encoder_window import EncoderParams
+from pipeline.decode.embeddings_to_hypotheses import DecoderParams
+from pipeline.errors import ConfigError, MediaError
+from pipeline.local import LocalModels, caption_samples
+from pipeline.models.weights import ModelParams
+from pipeline.records import BaseRecord, FinalRecord, HealthRecord
+from pipeline.stream import CaptionParams, StreamParams
+from pipeline.timebase import SAMPLE_RATE_HZ
+from tests.media import read_pcm
+from tests.models import base_encoder, base_engine
+
+# The stages live on the event loop on which they were opened.
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+BLOCK_SAMPLES = 1_000
+
+
+class SampleSource:
+    """A source that has its sound in memory: blocks of an awkward length, then its end, or an error."""
+
+    def __init__(self, samples: NDArray[np.int16], *, failure: str | None = None, waits_at_end: bool = False) -> None:
+        self.samples = np.atleast_2d(samples)
+        self.info = SourceInfo(
+            num_channels=self.samples.shape[0],
+            native_rate_hz=SAMPLE_RATE_HZ,
+            native_channels=self.samples.shape[0],
+            duration_s=None,
+            container="memory",
+            codec="pcm",
+        )
+        self.is_closed = False
+        self.has_delivered_all = asyncio.Event()
+        self._failure = failure
+        self._waits_at_end = waits_at_end
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.is_closed = True
+
+    async def __aiter__(self) -> AsyncIterator[AudioBlock | SourceGap]:
+        for start in range(0, self.samples.shape[1], BLOCK_SAMPLES):
+            yield AudioBlock(np.ascontiguousarray(self.samples[:, start : start + BLOCK_SAMPLES]))
+        if self._failure is not None:
+            raise MediaError(self._failure)
+        self.has_delivered_all.set()
+        if self._waits_at_end:
+            await asyncio.Event().wait()
+
+
+async def read_all(store: Store, stream_id: str) -> list[BaseRecord]:
+    client = store.client()
+    try:
+        return [entry.record async for entry in follow(client, stream_id)]
+    finally:
+        await client.aclose()
+
+
+def comparable(records: list[BaseRecord], kind: str) -> list[dict[str, object]]:
+    """The records of one kind without what the publisher stamps and without the stream's name."""
+    return [
+        record.model_dump(exclude={"emitted_at", "utc_start", "stream"}) for record in records if record.kind == kind
+    ]
+
+
+@pytest.fixture(scope="module")
+def sound(speech) -> NDArray[np.int16]:
+    return read_pcm(speech)[: 12 * SAMPLE_RATE_HZ]
+
+
+@pytest.fixture(scope="module")
+def local_models() -> LocalModels:
+    return LocalModels(base_encoder(), base_engine())
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def local_stages() -> AsyncIterator[Stages]:
+    stages = await LocalStages.open(ModelParams(), EncoderParams(), DecoderParams(), DispatchParams(), Metrics())
+    yield stages
+    await stages.aclose()
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def store(redis_params: RedisParams) -> AsyncIterator[Store]:
+    async with Store(redis_params) as opened:
+        yield opened
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def publisher(store: Store) -> AsyncIterator[Publisher]:
+    async with Publisher(store) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def oracle(sound, local_models: LocalModels) -> list[BaseRecord]:
+    return caption_samples(np.atleast_2d(sound), StreamParams(), local_models, "oracle")
+
+
+async def run_session(session: Session) -> None:
+    await session.open()
+    await session.run()
+
+
+async def test_a_session_publishes_what_the_oracle_says(sound, oracle, local_stages: Stages, publisher, store):
+    source = SampleSource(sound)
+    session = Session("s", StreamParams(), source, local_stages, publisher, scheduling=Scheduling.BY_SAMPLE)
+    await run_session(session)
+    records = await read_all(store, "s")
+    assert session.state is SessionState.ENDED
+    assert source.is_closed
+    for kind in ("final", "partial", "health"):
+        assert comparable(records, kind) == comparable(oracle, kind)
+    assert all(record.emitted_at and record.utc_start for record in records)
+
+
+async def test_finals_by_time_equal_finals_by_sample(sound, oracle, local_stages: Stages, publisher, store):
+    await run_session(Session("s", StreamParams(), SampleSource(sound), local_stages, publisher))
+    records = await read_all(store, "s")
+    without_revision = [
+        [{key: value for key, value in record.items() if key != "revision"} for record in comparable(some, "final")]
+        for some in (records, oracle)
+    ]
+    assert without_revision[0] == without_revision[1]
+
+
+async def test_two_interleaved_sessions_equal_each_alone(  # noqa: PLR0917 - fixtures are arguments
+    sound, oracle, local_models: LocalModels, local_stages: Stages, publisher, store
+):
+    other = np.ascontiguousarray(sound[5 * SAMPLE_RATE_HZ : 9 * SAMPLE_RATE_HZ])
+    other_oracle = caption_samples(np.atleast_2d(other), StreamParams(), local_models, "oracle")
+    sessions = [
+        Session(name, StreamParams(), SampleSource(samples), local_stages, publisher, scheduling=Scheduling.BY_SAMPLE)
+        for name, samples in (("a", sound), ("b", other))
+    ]
+    await asyncio.gather(*map(run_session, sessions))
+    for name, expected in (("a", oracle), ("b", other_oracle)):
+        records = await read_all(store, name)
+        for kind in ("final", "partial"):
+            assert comparable(records, kind) == comparable(expected, kind)
+
+
+async def test_a_stop_turns_the_open_utterance_into_a_final(sound, local_stages: Stages, publisher, store):
+    source = SampleSource(sound[: 2 * SAMPLE_RATE_HZ], waits_at_end=True)
+    session = Session("s", StreamParams(), source, local_stages, publisher)
+    await session.open()
+    running = asyncio.create_task(session.run())
+    await source.has_delivered_all.wait()
+    session.request_stop()
+    await running
+    records = await read_all(store, "s")
+    finals = [record for record in records if isinstance(record, FinalRecord)]
+    assert [final.close_reason for final in finals] == ["end"]
+    assert finals[0].text
+    assert isinstance(records[-1], HealthRecord)
+    assert records[-1].event == "ended"
+
+
+async def test_a_source_that_fails_midway_gives_its_final_then_a_failed_record(
+    sound, local_stages: Stages, publisher, store
+):
+    source = SampleSource(sound[: 2 * SAMPLE_RATE_HZ], failure="the file is damaged at 2.0 s")
+    session = Session("s", StreamParams(), source, local_stages, publisher)
+    await run_session(session)
+    records = await read_all(store, "s")
+    assert session.failure == "the file is damaged at 2.0 s"
+    assert [record.kind for record in records if record.kind != "partial"] == ["health", "final", "health"]
+    assert isinstance(records[-1], HealthRecord)
+    assert (records[-1].event, records[-1].message) == ("failed", "the file is damaged at 2.0 s")
+
+
+async def test_a_language_the_model_does_not_know_is_refused_before_anything_is_published(
+    sound, local_stages: Stages, publisher: Publisher
+):
+    params = StreamParams(captions=CaptionParams(translate_to=("fr",)))
+    session = Session("s", params, SampleSource(sound), local_stages, publisher)
+    with pytest.raises(ConfigError, match="does not translate to 'fr'"):
+        await session.open()
+    assert publisher.counters.published == 0
+
+
+async def test_a_second_run_of_a_stream_goes_on_where_the_first_ended(sound, local_stages: Stages, publisher, store):
+    for _ in range(2):
+        await run_session(Session("s", StreamParams(), SampleSource(sound), local_stages, publisher))
+    records = await read_all(store, "s")
+    finals = [record for record in records if isinstance(record, FinalRecord)]
+    assert [final.sequence for final in finals] == list(range(1, len(finals) + 1))
+    half = len(finals) // 2
+    assert [final.text for final in finals[:half]] == [final.text for final in finals[half:]]
+    assert finals[half].start_ms >= finals[half - 1].end_ms
+    assert [record.event for record in records if isinstance(record, HealthRecord)][-2:] == ["resumed", "ended"]
