@@ -62,7 +62,7 @@ TWO_VOICES = (
     Line("I will call you back in ten minutes.", 0.8, "rms"),
 )
 
-GERMAN = "Guten Morgen und willkommen in der Fabrik. Heute zeigen wir Ihnen die neue Maschine."
+GERMAN = "Guten Morgen und herzlich willkommen. Heute zeigen wir Ihnen die neue Maschine."
 
 LONG = (
     "when the night shift came in they found that the water had been running over the floor for hours "

@@ -263,6 +263,20 @@ def test_the_filter_lets_speech_through_and_stops_rumble_exactly_the_same_in_pie
     assert [detectors[0].hear(window) for window in windows] == [detectors[1].hear(window) for window in windows]
 
 
+def test_the_newest_speech_is_known_while_somebody_speaks(story: NDArray[np.int16]) -> None:
+    stage = ChunksToUtterances(PARAMS, 0)
+    newest = 0
+    for chunk in chunks_of(story[: 4 * SAMPLE_RATE_HZ]):
+        for event in stage.push(chunk):
+            if isinstance(event, UtteranceClosed):
+                assert event.last_speech_sample == newest
+                return
+        if stage.is_open:
+            assert newest <= stage.last_speech_sample <= chunk.end_sample
+            newest = stage.last_speech_sample
+    pytest.fail("nothing was closed")
+
+
 def test_misuse_is_refused() -> None:
     chunk, later = Chunk(0, 0, seconds(0.08)), Chunk(0, 2, seconds(0.08))
     stage = ChunksToUtterances(PARAMS, 0)
