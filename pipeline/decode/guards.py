@@ -1,8 +1,8 @@
 """Guards against what a speech decoder invents: loops, text on silence, and more tokens than anybody can speak.
 
 Plain Python over tokens, text and probabilities; no word lists. Thresholds of the compression ratio and of silence are
-those of OpenAI's `whisper/transcribe.py`, with two more pairs for silence: with Whisper base, noise of several kinds had
-no-speech probabilities of 0.23 to 0.91, speech under noise as loud as itself 0.05 at most (measured). There, a loop is
+those of OpenAI's `whisper/transcribe.py`, with two more pairs for silence: by Whisper base, noise of several kinds had
+no-speech probabilities of 0.23 to 0.91, speech under noise louder than itself 0.05 at most (measured). There, a loop is
 decoded to its end and then tried again at a higher temperature; here it is noticed while it is decoded, and cut.
 """
 
@@ -123,7 +123,7 @@ def num_tokens_before_repetition(texts: Sequence[str], params: GuardParams) -> i
 
 
 def is_silence(text: str, no_speech_probability: float, average_logprob: float, params: GuardParams) -> bool:
-    """Whether a hypothesis is text on silence: no letter or digit, or no speech heard and unsure of what was written."""
+    """Whether a hypothesis is text on silence: no letter or digit, or no speech heard and unsure of the text."""
     if not any(character.isalnum() for character in text):
         return True
     pairs = (

@@ -39,7 +39,7 @@ class WhisperRunner:
     ) -> None:
         config = checkpoint.config
         self._device = device or torch.device("cpu")
-        self._decoder = WhisperDecoder(
+        self.decoder = WhisperDecoder(
             checkpoint, num_slots, max_context_positions or config.max_source_positions, self._device
         )
         self._tokenizer = tokenizer
@@ -64,11 +64,11 @@ class WhisperRunner:
         capacity = min(self.max_tokens, math.ceil(num_tokens / _CAPACITY_STEP) * _CAPACITY_STEP)
         with torch.inference_mode():
             # Copied: what arrives from another process may be read-only, which torch warns of.
-            return self._decoder.open(slot, torch.tensor(embeddings, device=self._device), capacity)
+            return self.decoder.open(slot, torch.tensor(embeddings, device=self._device), capacity)
 
     def close(self, lease: Lease) -> None:
         """End `lease`."""
-        self._decoder.memory.close(lease)
+        self.decoder.memory.close(lease)
 
     def run(self, rows: Sequence[Row]) -> list[RowResult]:
         """Run all `rows` in one forward pass; logits are computed for the wanted tokens only.
@@ -77,7 +77,7 @@ class WhisperRunner:
             StageError: if logits are not finite.
         """
         with torch.inference_mode():
-            hidden = self._decoder.forward(rows)
+            hidden = self.decoder.forward(rows)
             wanted, start = [], 0
             for row in rows:
                 wanted += [start] if row.reads_start else []
@@ -85,7 +85,7 @@ class WhisperRunner:
                 start += len(row.tokens)
             if not wanted:
                 return [RowResult((), None) for _ in rows]
-            logits = self._decoder.logits(hidden[wanted] if len(wanted) < start else hidden).cpu().numpy()
+            logits = self.decoder.logits(hidden[wanted] if len(wanted) < start else hidden).cpu().numpy()
         return self._results(rows, logits)
 
     def words(self, lease: Lease, text: TimedText, num_audio_samples: int) -> tuple[Word, ...]:
@@ -95,7 +95,7 @@ class WhisperRunner:
         num_positions = min(lease.num_context_positions, max(1, math.ceil(num_audio_samples / SAMPLES_PER_POSITION)))
         with torch.inference_mode():
             num_tokens = len(text.prompt) + len(text.tokens)
-            attention = self._decoder.attention(lease, num_tokens, num_positions).cpu().numpy()
+            attention = self.decoder.attention(lease, num_tokens, num_positions).cpu().numpy()
         times = token_times(attention, len(text.prompt))
         words = self._tokenizer.split_to_words(text.tokens, text.language)
         return words_from_times(words, times, text.logprobs, num_audio_samples)
