@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from actors.cli.console import progress
+from actors.cli.console import progress, set_up_logging
 from actors.settings import Settings
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ def live(settings: Settings, media: Path, num_streams: int, min_seconds: float, 
     from actors.bench.live import LiveOptions, run_live  # noqa: PLC0415
     from actors.bench.tables import live_table  # noqa: PLC0415
 
+    set_up_logging("surtitle: %(message)s")
     options = LiveOptions(media=media, num_streams=num_streams, settings=settings, min_seconds=min_seconds)
     with progress("starting the service") as report_progress:
         report = run_live(options, report_progress)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import os
 import sys
 import time
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import psutil
 
-from actors.cli.console import fail, note, progress
+from actors.cli.console import fail, note, progress, set_up_logging
 from actors.cli.interrupts import Interrupts
 from actors.cli.options import OutputFormat
 from actors.cli.printers import Printer, open_printer
@@ -40,7 +39,8 @@ class _Job:
     output_format: OutputFormat
     output: Path | None
     loaded_after_s: float = 0.0
-    first_partial_after_s: float | None = None
+    first_text_after_s: float | None = None
+    is_first_partial: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ def caption_source(settings: Settings, spec: StreamSpec, output_format: OutputFo
     Raises:
         SurtitleError: if the service, the stream or the output cannot be started.
     """
-    logging.basicConfig(level=logging.WARNING, format="surtitle: %(message)s")
+    set_up_logging("surtitle: %(message)s")
     return asyncio.run(_run(_Job(settings, spec, output_format, output)))
 
 
@@ -88,7 +88,8 @@ async def _caption(job: _Job, interrupts: Interrupts) -> int:
             interrupts.arm()
             status = await _follow_to_end(job, started, printer, interrupts)
             printing.close()
-            _tell(job, started.store, started.stream_id)
+            if status.state != "failed":
+                _tell(job, started.store, started.stream_id)
     return fail(SurtitleError(status.message or "the stream failed")) if status.state == "failed" else 0
 
 
@@ -139,8 +140,9 @@ async def _print(job: _Job, started: _Started, printer: Printer) -> None:
         async for followed in follow(store.client(), started.stream_id, revive_store=store.ensure_running):
             record = followed.record
             if isinstance(record, PartialRecord | FinalRecord):
-                if job.first_partial_after_s is None:
-                    job.first_partial_after_s = _since_start_s()
+                if job.first_text_after_s is None:
+                    job.first_text_after_s = _since_start_s()
+                    job.is_first_partial = isinstance(record, PartialRecord)
                 report(f"captioned to {short_clock(record.end_ms)}")
             printer.show(record)
 
@@ -156,9 +158,10 @@ def _languages_of(job: _Job) -> tuple[str, ...]:
 
 def _tell(job: _Job, store: Store, stream_id: str) -> None:
     """Say how quick it was and where the records are."""
-    if job.first_partial_after_s is not None:
+    if job.first_text_after_s is not None:
+        what = "partial" if job.is_first_partial else "text"
         note(
-            f"first partial {job.first_partial_after_s:.1f} s after the start of the command "
+            f"first {what} {job.first_text_after_s:.1f} s after the start of the command "
             f"(ready to hear after {job.loaded_after_s:.1f} s)"
         )
     where = ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import sys
 from collections.abc import Callable, Iterator
 
@@ -13,6 +14,13 @@ def fail(error: BaseException) -> int:
         error = error.exceptions[0]
     note(f"surtitle: {' '.join(str(error).split())}")
     return 1
+
+
+def set_up_logging(line_format: str) -> None:
+    """Log warnings to stderr as `line_format` says, and keep the news of libraries out of it."""
+    logging.basicConfig(level=logging.WARNING, format=line_format)
+    # Ray Serve sets level and handler of its logger when it is imported; a filter outlives that.
+    logging.getLogger("ray.serve").addFilter(lambda record: record.levelno >= logging.WARNING)
 
 
 def note(text: str) -> None:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 
-from actors.cli.console import note
+from actors.cli.console import note, set_up_logging
 from actors.service import run_service
 from actors.settings import Settings
 
@@ -16,5 +15,5 @@ def serve_forever(settings: Settings) -> None:
     Raises:
         SurtitleError: if it cannot be started.
     """
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    set_up_logging("%(asctime)s %(levelname)s %(name)s %(message)s")
     asyncio.run(run_service(settings, note))
