@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import ipaddress
 import logging
-import socket
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from http import HTTPStatus
@@ -21,6 +20,7 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
+from actors.listener import listen
 from actors.spec import StreamSpec, StreamStatus
 from pipeline.errors import (
     CapacityExceeded,
@@ -97,7 +97,7 @@ async def open_http(gateway: Gateway, host: str, port: int) -> AsyncIterator[str
     Raises:
         ServiceError: if the address cannot be listened on.
     """
-    listener = _listen(host, port)
+    listener = listen(host, port)
     url_host = f"[{host}]" if ":" in host else host
     api = create_api(gateway)
     if _is_loopback(host):
@@ -121,23 +121,6 @@ class _Server(uvicorn.Server):
     def capture_signals(self) -> Iterator[None]:
         """Capture none."""
         yield
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((host, port))
-        listener.listen(128)
-    except OSError as exc:
-        listener.close()
-        raise ServiceError(
-            f"cannot listen on {host}:{port}: {exc.strerror or exc}. "
-            "Stop what uses it, or set service.port or service.host"
-        ) from exc
-    listener.setblocking(False)
-    return listener
 
 
 def _is_loopback(host: str) -> bool:

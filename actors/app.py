@@ -12,6 +12,7 @@ import os
 import secrets
 import shutil
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -52,6 +53,7 @@ class RayApp:
         self._progress = progress or (lambda _text: None)
         self._temp_dir: Path | None = None
         self._is_own_cluster = settings.ray.address is None
+        self._is_cancelled = threading.Event()
         self.gateway: Any = None
 
     def start(self, *, serves_http: bool = False) -> GatewayInfo:
@@ -64,16 +66,20 @@ class RayApp:
             ModelError: if the weights cannot be used.
             StoreError: if Redis cannot be used.
         """
-        self._progress("starting Ray")
+        self._report("starting Ray")
         self._start_ray()
-        self._progress("starting the gateway")
+        self._report("starting the gateway")
         # The actor's process imports its modules while Serve's controller starts.
         self.gateway = self._create_gateway()
-        self._progress("deploying the stages")
+        self._report("deploying the stages")
         self._deploy()
         ready = self.gateway.start.remote(serves_http=serves_http)
-        self._progress("loading the models")
+        self._report("loading the models")
         return self._await_gateway(ready)
+
+    def cancel(self) -> None:
+        """Make a `start` that goes on in another thread end soon, with a ServiceError."""
+        self._is_cancelled.set()
 
     def stop(self) -> None:
         """Take the applications and the gateway down, and the cluster if it is this process's own. Idempotent."""
@@ -97,6 +103,14 @@ class RayApp:
         if self._temp_dir is not None:
             shutil.rmtree(self._temp_dir, ignore_errors=True)
             self._temp_dir = None
+
+    def _report(self, text: str) -> None:
+        self._check_cancelled()
+        self._progress(text)
+
+    def _check_cancelled(self) -> None:
+        if self._is_cancelled.is_set():
+            raise ServiceError("the start was cancelled")
 
     def _start_ray(self) -> None:
         params = self._settings.ray
@@ -206,6 +220,7 @@ class RayApp:
 
         deadline = time.monotonic() + self._settings.service.start_timeout_s
         while time.monotonic() < deadline:
+            self._check_cancelled()
             done, _ = ray.wait([ready], timeout=1.0)
             if done:
                 try:

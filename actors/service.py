@@ -6,14 +6,16 @@ import asyncio
 import logging
 import os
 import signal
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, Protocol
 
 from actors.app import Progress, RayApp
 from actors.gateway import Gateway, GatewayInfo
+from actors.listener import listen
 from actors.settings import Settings
 from actors.spec import StreamSpec, StreamStatus
+from actors.store import Store
 from pipeline.errors import ServiceError
 from pipeline.models.weights import check_hashes, locate_model
 
@@ -122,33 +124,45 @@ async def open_runtime(
         StoreError: if Redis cannot be used.
     """
     report = progress or (lambda _text: None)
-    # In this process and first: a wrong file is told by name at once, not by a replica that keeps dying of it.
-    checking = asyncio.create_task(asyncio.to_thread(_check_model, settings))
-    if settings.runtime == "local":
-        await checking
-        gateway = Gateway(settings)
-        report("loading the models")
-        try:
-            await gateway.start(serves_http=serves_http)
+    # In this process and first: a wrong file, an address that is taken or a store that does not answer is told at once,
+    # not after models and cluster have loaded.
+    await asyncio.to_thread(check_hashes, locate_model(settings.model.name, settings.model.revision))
+    if serves_http:
+        listen(settings.service.host, settings.service.port).close()
+    async with Store(settings.redis):
+        open_gateway = _open_here if settings.runtime == "local" else _open_on_ray
+        async with open_gateway(settings, report, serves_http=serves_http) as gateway:
             yield gateway
-        finally:
-            await gateway.aclose()
-        return
-    app = RayApp(settings, _from_thread(report))
+
+
+@asynccontextmanager
+async def _open_here(settings: Settings, report: Progress, *, serves_http: bool) -> AsyncIterator[GatewayClient]:
+    gateway = Gateway(settings)
+    report("loading the models")
     try:
-        starting = asyncio.create_task(asyncio.to_thread(app.start, serves_http=serves_http))
-        try:
-            await checking
-        finally:
-            # A thread cannot be interrupted; what it starts is stopped below.
-            await asyncio.wait({starting})
-        starting.result()
+        await gateway.start(serves_http=serves_http)
+        yield gateway
+    finally:
+        await gateway.aclose()
+
+
+@asynccontextmanager
+async def _open_on_ray(settings: Settings, report: Progress, *, serves_http: bool) -> AsyncIterator[GatewayClient]:
+    app = RayApp(settings, _from_thread(report))
+    starting = asyncio.create_task(asyncio.to_thread(app.start, serves_http=serves_http))
+    try:
+        await asyncio.shield(starting)
         remote = RemoteGateway(app.gateway)
         try:
             yield remote
         finally:
             await remote.aclose()
     finally:
+        # A thread cannot be interrupted: it is asked to end, and what it has started is stopped after it.
+        app.cancel()
+        await asyncio.wait({starting})
+        if not starting.cancelled():
+            starting.exception()
         await asyncio.to_thread(app.stop)
 
 
@@ -158,14 +172,32 @@ async def run_service(settings: Settings, progress: Progress | None = None) -> N
     Raises:
         ServiceError, ModelError, StoreError: as `open_runtime`.
     """
-    async with open_runtime(settings, progress, serves_http=True) as gateway:
-        info = await gateway.info()
-        # Ray has handlers of its own; these come after them.
-        async with signals_as_event() as stop:
-            (progress or logger.info)(f"ready at {info.http_url}")
-            await stop.wait()
-            (progress or logger.info)("ending the streams")
-            await gateway.drain()
+    report = progress or logger.info
+    async with signals_as_event() as stop, AsyncExitStack() as exits:
+        entering = exits.enter_async_context(open_runtime(settings, report, serves_http=True))
+        gateway = await _unless(stop, entering)
+        if gateway is None:
+            return
+        report(f"ready at {(await gateway.info()).http_url}")
+        await stop.wait()
+        report("ending the streams")
+        await gateway.drain()
+
+
+async def _unless(stop: asyncio.Event, awaited: Coroutine[Any, Any, GatewayClient]) -> GatewayClient | None:
+    """Return what `awaited` gives; None, and it is cancelled, if `stop` comes first."""
+    task = asyncio.create_task(awaited)
+    stopped = asyncio.create_task(stop.wait())
+    try:
+        await asyncio.wait({task, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        task.cancel()
+        await asyncio.wait({task})
+        return None
+    finally:
+        stopped.cancel()
+        await asyncio.wait({stopped})
 
 
 @asynccontextmanager
@@ -182,10 +214,6 @@ async def signals_as_event() -> AsyncIterator[asyncio.Event]:
         for number, handler in before.items():
             loop.remove_signal_handler(number)
             signal.signal(number, handler)
-
-
-def _check_model(settings: Settings) -> None:
-    check_hashes(locate_model(settings.model.name, settings.model.revision))
 
 
 def _from_thread(report: Callable[[str], None]) -> Callable[[str], None]:

@@ -1,0 +1,29 @@
+"""The socket of the HTTP door, made before anything slow starts, so that a port in use is told at once."""
+
+from __future__ import annotations
+
+import socket
+
+from pipeline.errors import ServiceError
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Return a socket that listens on `host`:`port` (0: a free one).
+
+    Raises:
+        ServiceError: if the address cannot be listened on.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen(128)
+    except OSError as exc:
+        listener.close()
+        raise ServiceError(
+            f"cannot listen on {host}:{port}: {exc.strerror or exc}. "
+            "Stop what uses it, or set service.port or service.host"
+        ) from exc
+    listener.setblocking(False)
+    return listener
