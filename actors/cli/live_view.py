@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -25,7 +26,9 @@ from pipeline.text.captions import short_clock
 
 MAX_ROWS = 100
 """Finals held for the view, however tall the terminal is."""
-_REFRESHES_PER_SECOND = 12
+_MIN_REFRESH_S = 0.08
+_IDLE_REFRESHES_PER_SECOND = 2
+"""Between records only the last of a burst is still to be drawn; drawing costs milliseconds."""
 _LINES_BELOW = 4
 
 
@@ -106,18 +109,25 @@ class LiveView:
     def __init__(self, console: Console | None = None) -> None:
         self._console = console or Console(file=sys.stdout)
         self._state = ViewState()
-        self._live = Live(console=self._console, refresh_per_second=_REFRESHES_PER_SECOND, vertical_overflow="visible")
+        self._live = Live(
+            console=self._console, refresh_per_second=_IDLE_REFRESHES_PER_SECOND, vertical_overflow="visible"
+        )
         self._is_started = False
+        self._refreshed_s = 0.0
 
     def show(self, record: BaseRecord) -> None:
-        """Show the record at the next refresh; the first one opens the view."""
+        """Show the record, bursts of them at once; the first one opens the view."""
         if not self._is_started:
             self._live.start()
             self._is_started = True
         self._state.apply(record)
         while self._is_too_tall():
             self._leave_behind(self._state.rows.popleft())
-        self._live.update(self._state.render())
+        now_s = time.monotonic()
+        is_due = now_s - self._refreshed_s >= _MIN_REFRESH_S
+        self._live.update(self._state.render(), refresh=is_due)
+        if is_due:
+            self._refreshed_s = now_s
 
     def close(self) -> None:
         """Leave all rows in the terminal, and the cursor below them."""
