@@ -237,7 +237,7 @@ class DecodeEngine:
             raise ValueError("the embeddings have values that are not finite")
         guess = self._guesses.get(request.key.stream_id)
         prompt = self._prompter.prompt(TRANSCRIBE, request.language, request.languages, guess)
-        room = runner.max_tokens - _MAX_PROMPT_TOKENS
+        room = runner.max_tokens - _MAX_PROMPT_TOKENS - 1
         max_new_tokens = min(room, token_cap(embeddings.num_audio_samples, self._params.guards))
         limits = Limits(max_new_tokens, self._prompter.eot, self._params.guards)
         sequence = TokenSequence(prompt, request.draft, limits, self._prompter.decode)
@@ -263,7 +263,7 @@ class DecodeEngine:
 
     def _row(self, active: _Active, piece: Piece[SnapshotKey]) -> tuple[_Active, Feed, Row]:
         if active.lease is None:
-            num_tokens = _MAX_PROMPT_TOKENS + active.limits.max_new_tokens
+            num_tokens = _MAX_PROMPT_TOKENS + active.limits.max_new_tokens + 1
             active.lease = self._runner.open(piece.slot, active.embeddings.values, num_tokens)
         feed = active.sequence.feed(piece.num_tokens)
         row = Row(active.lease, feed.position, feed.tokens, feed.pick_from, feed.is_begin, feed.reads_start)

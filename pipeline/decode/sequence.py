@@ -204,8 +204,9 @@ class TokenSequence:
         num_kept = self._loops.push(pick.token)
         if num_kept is not None:
             self._cut(num_kept, LOOP)
-        elif self._num_decoded >= self._limits.max_new_tokens:
-            self._cut(len(self._tokens), TOKEN_CAP)
+        elif self._num_decoded > self._limits.max_new_tokens:
+            # The token too many is dropped: whatever is kept has been fed, draft or not, as word times need it.
+            self._cut(self._limits.max_new_tokens, TOKEN_CAP)
         elif self._num_decoded % _COMPRESSION_TEST_TOKENS == 0:
             self._test_compression()
 
