@@ -14,11 +14,11 @@ from actors.audio_encoder import AudioEncoder
 from actors.decoder import Decoder
 from actors.dispatch import CostModel, DispatchParams
 from actors.metrics import Metrics
-from actors.stage_driver import StageDriver, request_of, stages_info
+from actors.stage_driver import StageDriver, stages_info
 from pipeline.audio.encoder_window import EncoderParams
 from pipeline.decode.embeddings_to_hypotheses import DecoderParams
 from pipeline.errors import StageUnavailable
-from pipeline.items import Outcome, Snapshot
+from pipeline.items import DecodeRequest, Outcome, Snapshot
 from pipeline.models.weights import ModelParams
 
 logger = logging.getLogger(__name__)
@@ -93,7 +93,7 @@ class LocalCall:
 
     def __init__(self, encoder: AudioEncoder, decoder: Decoder, snapshots: list[Snapshot]) -> None:
         self._decoder = decoder
-        self._requests = [request_of(snapshot) for snapshot in snapshots]
+        self._requests = [DecodeRequest.of(snapshot) for snapshot in snapshots]
         self._encoding = asyncio.create_task(encoder.encode(snapshots), name="local-encoding")
 
     async def wait_encoded(self) -> None:

@@ -21,9 +21,9 @@ from ray.serve.handle import DeploymentHandle
 
 from actors.dispatch import CostModel, DispatchParams
 from actors.metrics import Metrics
-from actors.stage_driver import StageDriver, request_of, stages_info
+from actors.stage_driver import StageDriver, stages_info
 from pipeline.errors import ServiceError, StageUnavailable
-from pipeline.items import Outcome, Snapshot
+from pipeline.items import DecodeRequest, Outcome, Snapshot
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +119,7 @@ class ServeLane:
             encoded = await asyncio.wait_for(response._to_object_ref(), _START_TIMEOUT_S)
         except (TimeoutError, RayError, RayServeException) as exc:
             raise StageUnavailable(f"the audio encoder was not reached: {_first_line(exc)}") from exc
-        outcomes = self._decode.remote(encoded, [request_of(snapshot) for snapshot in snapshots])
+        outcomes = self._decode.remote(encoded, [DecodeRequest.of(snapshot) for snapshot in snapshots])
         return ServeCall(encoded, outcomes)
 
 

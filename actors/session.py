@@ -19,7 +19,8 @@ from ingest.source import AudioBlock, Source, SourceGap
 from pipeline.errors import ConfigError, MediaError
 from pipeline.items import Outcome, Snapshot
 from pipeline.records import BaseRecord
-from pipeline.stream import AUTO, StartPoint, Stream, StreamParams, by_chunk_index
+from pipeline.stream import StartPoint, Stream, by_chunk_index
+from pipeline.stream_params import AUTO, StreamParams
 from pipeline.text.hypotheses_to_records import Tier
 from pipeline.timebase import CHUNK_SAMPLES, ms_to_samples
 

@@ -33,7 +33,7 @@ from pipeline.decode.embeddings_to_hypotheses import DecoderParams
 from pipeline.errors import ConfigError
 from pipeline.models.weights import ModelParams
 from pipeline.params import Params
-from pipeline.stream import CaptionParams, SnapshotParams, StreamParams
+from pipeline.stream_params import CaptionParams, SnapshotParams, StreamParams
 from pipeline.text.transcripts_to_summaries import SummaryParams
 
 DEFAULT_CONFIG = "edge"

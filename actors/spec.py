@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, StringConstraints
 
 from pipeline.params import Params
-from pipeline.stream import StreamParams
+from pipeline.stream_params import StreamParams
 from pipeline.text.transcripts_to_summaries import SummaryParams
 
 Language = Annotated[str, StringConstraints(pattern=r"^[A-Za-z]{2,3}(-[A-Za-z0-9]{2,8})*$")]

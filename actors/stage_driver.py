@@ -21,7 +21,7 @@ from actors.dispatch import CostModel, DispatchParams, DispatchQueue
 from actors.metrics import Metrics
 from actors.stages import StagesInfo
 from pipeline.errors import StageUnavailable
-from pipeline.items import DecodeRequest, Failure, FailureKind, Outcome, Snapshot, SnapshotKey
+from pipeline.items import Failure, FailureKind, Outcome, Snapshot, SnapshotKey
 
 logger = logging.getLogger(__name__)
 
@@ -341,18 +341,6 @@ def stages_info(encoder: EncoderInfo, decoder: DecoderInfo) -> StagesInfo:
         final_dtype=encoder.final_dtype,
         languages=decoder.languages,
         translates_to=decoder.translates_to,
-    )
-
-
-def request_of(snapshot: Snapshot) -> DecodeRequest:
-    """Return what the decoder needs of `snapshot` besides its embeddings."""
-    return DecodeRequest(
-        key=snapshot.key,
-        is_final=snapshot.is_final,
-        language=snapshot.language,
-        languages=snapshot.languages,
-        draft=snapshot.draft,
-        tasks=snapshot.tasks,
     )
 
 

@@ -29,7 +29,9 @@ class Stages(Protocol):
     """Everything behind the session: encode, decode, and the batching in between."""
 
     @property
-    def info(self) -> StagesInfo: ...
+    def info(self) -> StagesInfo:
+        """What answers."""
+        ...
 
     def submit(self, snapshot: Snapshot) -> AsyncIterator[Outcome]:
         """Yield one outcome for each task of `snapshot`, each as soon as it is ready.

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,10 +46,12 @@ class Chunk:
 
     @property
     def start_sample(self) -> int:
+        """Media time of its first sample."""
         return self.index * CHUNK_SAMPLES
 
     @property
     def end_sample(self) -> int:
+        """Media time behind its last sample."""
         return (self.index + 1) * CHUNK_SAMPLES
 
 
@@ -122,6 +125,7 @@ class Snapshot:
 
     @property
     def end_sample(self) -> int:
+        """Media time behind its last sample."""
         return self.start_sample + len(self.samples)
 
 
@@ -145,6 +149,18 @@ class DecodeRequest:
     draft: tuple[int, ...]
     tasks: tuple[Task, ...]
 
+    @classmethod
+    def of(cls, snapshot: Snapshot) -> Self:
+        """Return what the decoder needs to know of `snapshot`."""
+        return cls(
+            key=snapshot.key,
+            is_final=snapshot.is_final,
+            language=snapshot.language,
+            languages=snapshot.languages,
+            draft=snapshot.draft,
+            tasks=snapshot.tasks,
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Word:
@@ -160,8 +176,8 @@ class Word:
 class Hypothesis:
     """What the decoder answers for one snapshot and one task.
 
-    `tokens` are text tokens only (they are the next draft). `words` is filled for final transcriptions. `guard` names the
-    guard that fired: the text is then already cut (or empty), and the tokens must not become a draft.
+    `tokens` are text tokens only (they are the next draft). `words` is filled for final transcriptions. `guard` names
+    the guard that fired: the text is then already cut (or empty), and the tokens must not become a draft.
     """
 
     key: SnapshotKey

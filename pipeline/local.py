@@ -16,7 +16,8 @@ from pipeline.audio.utterances_to_embeddings import UtterancesToEmbeddings
 from pipeline.decode.embeddings_to_hypotheses import DecodeEngine
 from pipeline.items import DecodeRequest, Embeddings, Outcome, Snapshot
 from pipeline.records import BaseRecord
-from pipeline.stream import Stream, StreamParams, by_chunk_index
+from pipeline.stream import Stream, by_chunk_index
+from pipeline.stream_params import StreamParams
 from pipeline.text.hypotheses_to_records import Tier
 
 
@@ -29,23 +30,11 @@ class LocalModels:
     tier: Tier = "edge"
 
 
-def to_request(snapshot: Snapshot) -> DecodeRequest:
-    """Return what the decoder needs to know of `snapshot`."""
-    return DecodeRequest(
-        key=snapshot.key,
-        is_final=snapshot.is_final,
-        language=snapshot.language,
-        languages=snapshot.languages,
-        draft=snapshot.draft,
-        tasks=snapshot.tasks,
-    )
-
-
 def serve_snapshots(snapshots: list[Snapshot], models: LocalModels) -> Iterator[Outcome]:
     """Yield every outcome of `snapshots`, encoded and decoded together."""
     for snapshot, encoded in zip(snapshots, models.encoder.encode(snapshots), strict=True):
         if isinstance(encoded, Embeddings):
-            models.engine.submit(to_request(snapshot), encoded)
+            models.engine.submit(DecodeRequest.of(snapshot), encoded)
         else:
             yield encoded
     while models.engine.has_work:

@@ -17,13 +17,13 @@ from actors.decoder import Decoder
 from actors.dispatch import DispatchParams
 from actors.local_stages import LocalStages
 from actors.metrics import Metrics
-from actors.stage_driver import request_of
 from pipeline.audio.encoder_window import EncoderParams
 from pipeline.audio.utterances_to_embeddings import UtterancesToEmbeddings
 from pipeline.decode.embeddings_to_hypotheses import DecodeEngine, DecoderParams
 from pipeline.errors import ModelError, StageUnavailable
 from pipeline.items import (
     TRANSCRIBE,
+    DecodeRequest,
     Embeddings,
     Failure,
     FailureKind,
@@ -193,12 +193,12 @@ async def test_a_crashed_decoder_says_so(model: ModelParams, crashes: list[int])
     item = snapshot(1)
     encoded = await encoder.encode([item])
     crashes.append(0)
-    [failure] = [outcome async for outcome in decoder.decode(encoded, [request_of(item)])]
+    [failure] = [outcome async for outcome in decoder.decode(encoded, [DecodeRequest.of(item)])]
     assert isinstance(failure, Failure)
     assert failure.kind is FailureKind.UNAVAILABLE
     with pytest.raises(StageUnavailable, match="MemoryError"):
         decoder.check_health()
-    [later] = [outcome async for outcome in decoder.decode(encoded, [request_of(item)])]
+    [later] = [outcome async for outcome in decoder.decode(encoded, [DecodeRequest.of(item)])]
     assert isinstance(later, Failure)
     await decoder.aclose()
     await encoder.aclose()
@@ -212,7 +212,7 @@ async def test_a_snapshot_sent_again_is_answered_to_the_newer_caller(model: Mode
     assert isinstance(encoded[0], Embeddings)
 
     async def ask() -> list[Outcome]:
-        return [outcome async for outcome in decoder.decode(encoded, [request_of(item)])]
+        return [outcome async for outcome in decoder.decode(encoded, [DecodeRequest.of(item)])]
 
     older, newer = await asyncio.gather(ask(), ask())
     assert [type(outcome) for outcome in newer] == [Hypothesis, Hypothesis]

@@ -27,7 +27,7 @@ from pipeline.errors import ConfigError, MediaError
 from pipeline.local import LocalModels, caption_samples
 from pipeline.models.weights import ModelParams
 from pipeline.records import BaseRecord, FinalRecord, HealthRecord
-from pipeline.stream import CaptionParams, StreamParams
+from pipeline.stream_params import CaptionParams, StreamParams
 from pipeline.timebase import SAMPLE_RATE_HZ
 from tests.media import read_pcm
 from tests.models import base_encoder, base_engine

@@ -21,7 +21,8 @@ from pipeline.items import (
     Word,
 )
 from pipeline.records import BaseRecord, ErrorRecord, FinalRecord, HealthRecord, PartialRecord, TranslationRecord
-from pipeline.stream import CaptionParams, StartPoint, Stream, StreamParams, by_chunk_index
+from pipeline.stream import StartPoint, Stream, by_chunk_index
+from pipeline.stream_params import CaptionParams, StreamParams
 from pipeline.timebase import CHUNK_SAMPLES, SAMPLE_RATE_HZ
 from tests.media import read_pcm
 

@@ -29,7 +29,8 @@ from pipeline.errors import MediaError
 from pipeline.items import Hypothesis, Outcome
 from pipeline.local import LocalModels, serve_snapshots
 from pipeline.records import BaseRecord, ErrorRecord, FinalRecord, PartialRecord
-from pipeline.stream import AUTO, Stream, StreamParams, by_chunk_index
+from pipeline.stream import Stream, by_chunk_index
+from pipeline.stream_params import AUTO, StreamParams
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

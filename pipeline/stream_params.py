@@ -1,0 +1,46 @@
+"""What can be asked of one stream."""
+
+from __future__ import annotations
+
+from pydantic import Field, field_validator
+
+from pipeline.audio.chunks_to_utterances import VadParams
+from pipeline.params import Params
+from pipeline.text.transcripts_to_summaries import SummaryParams
+
+AUTO = "auto"
+
+
+class SnapshotParams(Params):
+    """When an open utterance is sent to be transcribed."""
+
+    cadence_ms: int = Field(default=640, ge=160, le=5_000, description="new sound between two partials of an utterance")
+    min_speech_ms: int = Field(default=640, ge=320, le=5_000, description="no partial before this much speech")
+    keep_language_after_ms: int = Field(
+        default=3_000, ge=0, le=30_000, description="partials longer than this keep the language detected before"
+    )
+
+
+class CaptionParams(Params):
+    """What is asked of the decoder for each utterance."""
+
+    language: str = Field(default=AUTO, description="ISO 639-1 code of the speech, or auto: detected per utterance")
+    languages: tuple[str, ...] = Field(default=(), description="the only languages that auto may choose; empty: all")
+    translate_to: tuple[str, ...] = Field(default=(), description="languages every final is translated to")
+    has_partials: bool = Field(default=True, description="publish revisable partials while somebody speaks")
+
+    @field_validator("translate_to")
+    @classmethod
+    def _are_distinct(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(value)) != len(value):
+            raise ValueError(f"each language once, got {list(value)}")
+        return value
+
+
+class StreamParams(Params):
+    """All parameters of one stream."""
+
+    vad: VadParams = VadParams()
+    snapshots: SnapshotParams = SnapshotParams()
+    captions: CaptionParams = CaptionParams()
+    summary: SummaryParams | None = Field(default=None, description="null: no summaries")
