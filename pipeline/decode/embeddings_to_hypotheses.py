@@ -17,8 +17,7 @@ from typing import Protocol
 import numpy as np
 
 from pipeline.decode.guards import SILENCE, GuardParams, token_cap
-from pipeline.decode.kv_cache import Lease
-from pipeline.decode.runner import DecodeRunner, Row, RowResult, TimedText
+from pipeline.decode.runner import DecodeRunner, Lease, Row, RowResult, TimedText
 from pipeline.decode.scheduler import Ended, EndReason, Piece, Priority, Progress, Scheduler, SchedulerParams, Work
 from pipeline.decode.sequence import Feed, Limits, Prompt, TokenSequence
 from pipeline.errors import StageError

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
+from pipeline.decode.runner import Lease
+
 
 @dataclass(frozen=True, slots=True)
 class KvShape:
@@ -26,20 +28,6 @@ class KvShape:
     max_tokens: int
     max_context_positions: int
     num_kept_queries: int
-
-
-@dataclass(frozen=True, slots=True)
-class Lease:
-    """The right to use a slot until it is closed.
-
-    Attention over text always spans `token_capacity` places and masks those not yet written: its shape, and so its
-    rounding, depends on the request alone and not on how far it has come.
-    """
-
-    slot: int
-    generation: int
-    token_capacity: int
-    num_context_positions: int
 
 
 class KvMemory:

@@ -9,8 +9,21 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.decode.kv_cache import Lease
 from pipeline.items import Word
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """The right to use a slot until it is closed.
+
+    Attention over text always spans `token_capacity` places and masks those not yet written: its shape, and so its
+    rounding, depends on the request alone and not on how far it has come.
+    """
+
+    slot: int
+    generation: int
+    token_capacity: int
+    num_context_positions: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.decode.kv_cache import KvMemory, KvShape, Lease
-from pipeline.decode.runner import Row
+from pipeline.decode.kv_cache import KvMemory, KvShape
+from pipeline.decode.runner import Lease, Row
 from pipeline.models.linear import Linear, pack_linear
 from pipeline.models.whisper.checkpoint import WhisperCheckpoint
 

@@ -10,8 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline.decode.embeddings_to_hypotheses import DecoderParts
-from pipeline.decode.kv_cache import Lease
-from pipeline.decode.runner import Pick, Row, RowResult, StartReading, TimedText
+from pipeline.decode.runner import Lease, Pick, Row, RowResult, StartReading, TimedText
 from pipeline.errors import StageError
 from pipeline.items import Word
 from pipeline.models.device import choose_device
