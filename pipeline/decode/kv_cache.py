@@ -9,10 +9,8 @@ written, so slots that short utterances use cost what those need. A slot is not 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import torch
+import torch
 
 from pipeline.decode.runner import Lease
 
@@ -38,9 +36,6 @@ class KvMemory:
     """
 
     def __init__(self, shape: KvShape, device: torch.device) -> None:
-        # Here and not above: processes without models import `Lease`, and torch takes seconds to import.
-        import torch  # noqa: PLC0415
-
         self.shape = shape
         leading = (shape.num_layers, shape.num_slots, shape.num_heads)
         text = (*leading, shape.max_tokens, shape.head_width)
