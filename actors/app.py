@@ -84,25 +84,28 @@ class RayApp:
     def stop(self) -> None:
         """Take the applications and the gateway down, and the cluster if it is this process's own. Idempotent."""
         import ray  # noqa: PLC0415 - see _start_ray
-        from ray import serve  # noqa: PLC0415
 
-        if not ray.is_initialized():
-            return
-        if self._is_own_cluster:
+        if ray.is_initialized():
             # The processes of an own cluster end with it; taking them down one by one would only take longer.
-            ray.shutdown()
-        else:
-            if self.gateway is not None:
-                ray.kill(self.gateway)
-            from actors.serve_stages import DECODER_APP, ENCODER_APP  # noqa: PLC0415
-
-            for name in (ENCODER_APP, DECODER_APP):
-                serve.delete(name, _blocking=False)
+            if not self._is_own_cluster:
+                self._take_down()
             ray.shutdown()
         self.gateway = None
         if self._temp_dir is not None:
             shutil.rmtree(self._temp_dir, ignore_errors=True)
             self._temp_dir = None
+
+    def _take_down(self) -> None:
+        import ray  # noqa: PLC0415 - see _start_ray
+        from ray import serve  # noqa: PLC0415
+
+        from actors.serve_stages import DECODER_APP, ENCODER_APP  # noqa: PLC0415
+
+        if self.gateway is None:  # then none was started, or another one runs there
+            return
+        ray.kill(self.gateway)
+        for name in (ENCODER_APP, DECODER_APP):
+            serve.delete(name, _blocking=False)
 
     def _report(self, text: str) -> None:
         self._check_cancelled()
