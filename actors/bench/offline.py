@@ -18,8 +18,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.decode.kv_cache import Lease
-from pipeline.decode.runner import Row
+from pipeline.decode.runner import Lease, Row
 from pipeline.models.device import choose_device
 from pipeline.models.weights import ModelParams
 from pipeline.models.whisper.checkpoint import WhisperConfig, load_checkpoint
