@@ -370,20 +370,20 @@ def test_hidden_states_have_the_same_bits_however_the_rows_are_cut_and_mixed(utt
     runner = base_parts().runner
     assert isinstance(runner, WhisperRunner)
     leases = [runner.open(slot, item.values, 228) for slot, item in enumerate(utterances)]
-    tokens = (*PROMPT, *range(1_000, 1_037))
+    tokens = (*PROMPT, *range(1_000, 1_146))
 
     def row(lease: int, start: int, end: int) -> Row:
         return Row(leases[lease], start, tokens[start:end], 0, False, False)
 
-    whole = [runner.decoder.forward([row(i, 0, 41)]) for i in range(4)]
-    for cuts in ((0, 1, 2, 3, 4, 5, 9, 41), (0, 38, 39, 40, 41), (0, 7, 24, 41)):
+    whole = [runner.decoder.forward([row(i, 0, 150)]) for i in range(4)]
+    for cuts in ((0, 1, 2, 3, 4, 5, 9, 150), (0, 62, 63, 64, 65, 126, 149, 150), (0, 7, 24, 64, 128, 150)):
         pieces = [runner.decoder.forward([row(1, *cut)]) for cut in pairwise(cuts)]
         assert torch.equal(torch.cat(pieces), whole[1])
     for count in (2, 3, 4):
-        mixed = runner.decoder.forward([row(i, 5 * i, 41) for i in range(count)])
-        assert torch.equal(mixed, torch.cat([whole[i][5 * i :] for i in range(count)]))
-    mixed = runner.decoder.forward([row(i, 40, 41) for i in range(4)])
-    assert torch.equal(mixed, torch.cat([hidden[40:] for hidden in whole]))
+        mixed = runner.decoder.forward([row(i, 31 * i, 150) for i in range(count)])
+        assert torch.equal(mixed, torch.cat([whole[i][31 * i :] for i in range(count)]))
+    mixed = runner.decoder.forward([row(i, 149, 150) for i in range(4)])
+    assert torch.equal(mixed, torch.cat([hidden[149:] for hidden in whole]))
     assert torch.equal(runner.decoder.logits(mixed)[2:3], runner.decoder.logits(mixed[2:3].contiguous()))
     for lease in leases:
         runner.close(lease)

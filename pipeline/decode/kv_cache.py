@@ -31,8 +31,9 @@ class KvShape:
 class KvMemory:
     """Keys and values of every layer and slot, float32, one device.
 
-    `keys`, `values`: [layers, slots, heads, max_tokens, head_width]; `context_keys`, `context_values`: the same over
-    context positions; `queries`: [kept, slots, max_tokens, head_width].
+    `keys`, `values`: [layers, slots, heads, max_tokens, head_width]; `context_values`: the same over context positions;
+    `context_keys`: [layers, slots, heads, head_width, max_context_positions]; `queries`: [kept, slots, max_tokens,
+    head_width].
     """
 
     def __init__(self, shape: KvShape, device: torch.device) -> None:
@@ -43,7 +44,8 @@ class KvMemory:
         # Zeros, not whatever was there: masked places are multiplied by zero, and zero times infinity is not zero.
         self.keys = torch.zeros(text, device=device)
         self.values = torch.zeros(text, device=device)
-        self.context_keys = torch.zeros(context, device=device)
+        # Transposed: the product of a few queries with it is a third faster so.
+        self.context_keys = torch.zeros((*leading, shape.head_width, shape.max_context_positions), device=device)
         self.context_values = torch.zeros(context, device=device)
         self.queries = torch.zeros(
             (shape.num_kept_queries, shape.num_slots, shape.max_tokens, shape.head_width), device=device

@@ -14,11 +14,7 @@ from pipeline.items import Word
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """The right to use a slot until it is closed.
-
-    Attention over text always spans `token_capacity` places and masks those not yet written: its shape, and so its
-    rounding, depends on the request alone and not on how far it has come.
-    """
+    """The right to use a slot until it is closed, for up to `token_capacity` tokens."""
 
     slot: int
     generation: int

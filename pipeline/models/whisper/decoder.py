@@ -4,13 +4,15 @@ All linear layers run once over the concatenated tokens of all rows; attention r
 own slot. Nothing is copied or allocated per step but activations.
 
 Exactness: a token's result has the same bits whatever runs beside it and however its sequence was cut into passes.
-Linear layers see to it themselves (pipeline/models/linear.py). Attention spans the lease's fixed capacity, with places
-not yet written masked to exactly zero, and has at least four queries, padded if need be: batched products of four or
-more rows were measured to give each row the same bits for any number of them, those of one to three did not.
+Linear layers see to it themselves (pipeline/models/linear.py). The text attention of a place always spans the places up
+to the next multiple of 64, those behind it masked to exactly zero, so that its shape depends on the place alone. And
+attention has at least four queries, padded if need be: batched products of four or more rows were measured to give each
+row the same bits for any number of them, those of one to three did not.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -24,6 +26,7 @@ from pipeline.models.linear import Linear, pack_linear
 from pipeline.models.whisper.checkpoint import WhisperCheckpoint
 
 _MIN_QUERIES = 4
+_SPAN = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +56,16 @@ class _Layer:
     kept: slice  # their places in the memory's `queries`
 
 
+@dataclass(frozen=True, slots=True)
+class _Segment:
+    """Tokens `start`..`end` of a pass, which go to the places of `slot` from `place` on and have one span."""
+
+    slot: int
+    place: int
+    start: int
+    end: int
+
+
 class WhisperDecoder:
     """The network and its memory. Not thread-safe."""
 
@@ -68,20 +81,20 @@ class WhisperDecoder:
         self._layers = _build_layers(checkpoint, device)
         self._final_norm = _norm(tensors, "decoder.layer_norm", device)
         self._project = pack_linear(self._embed_tokens)
+        places = math.ceil(config.max_target_positions / _SPAN) * _SPAN
         self.memory = KvMemory(
             KvShape(
                 num_slots=num_slots,
                 num_layers=config.decoder_layers,
                 num_heads=config.decoder_heads,
                 head_width=self._head_width,
-                max_tokens=config.max_target_positions,
+                max_tokens=places,
                 max_context_positions=max_context_positions,
                 num_kept_queries=len(config.alignment_heads),
             ),
             device,
         )
         # One place of a sequence sees those before it and itself. The rows behind the last are for padded queries.
-        places = config.max_target_positions
         self._mask = torch.full((places + _MIN_QUERIES, places), -torch.inf, device=device).triu_(1)
 
     def open(self, slot: int, context: Tensor, token_capacity: int) -> Lease:
@@ -90,7 +103,7 @@ class WhisperDecoder:
         num_positions = context.shape[0]
         for index, layer in enumerate(self._layers):
             projected = layer.cross_kv(context).view(num_positions, 2, -1, self._head_width)
-            self.memory.context_keys[index, slot, :, :num_positions] = projected[:, 0].transpose(0, 1)
+            self.memory.context_keys[index, slot, :, :, :num_positions] = projected[:, 0].permute(1, 2, 0)
             self.memory.context_values[index, slot, :, :num_positions] = projected[:, 1].transpose(0, 1)
         return lease
 
@@ -101,12 +114,12 @@ class WhisperDecoder:
         tokens = torch.tensor([token for row in rows for token in row.tokens], device=self._device)
         places = torch.tensor([row.position + i for row in rows for i in range(len(row.tokens))], device=self._device)
         x = self._embed_tokens[tokens] + self._embed_positions[places]
-        spans = _spans(rows)
+        segments = _segments(rows)
         for index, layer in enumerate(self._layers):
             qkv = layer.self_qkv(layer.self_norm(x))
-            x = x + layer.self_out(self._self_attention(index, qkv, rows, spans))
+            x = x + layer.self_out(self._self_attention(index, qkv, segments))
             queries = layer.cross_q(layer.cross_norm(x))
-            x = x + layer.cross_out(self._cross_attention(index, queries, rows, spans))
+            x = x + layer.cross_out(self._cross_attention(index, queries, rows))
             x = x + layer.mlp_down(F.gelu(layer.mlp_up(layer.mlp_norm(x))))
         return self._final_norm(x)
 
@@ -124,51 +137,58 @@ class WhisperDecoder:
         found = []
         for index, layer in enumerate(self._layers):
             if len(layer.kept_heads):
-                keys = self.memory.context_keys[index, lease.slot, layer.kept_heads, :num_positions]
+                keys = self.memory.context_keys[index, lease.slot, layer.kept_heads, :, :num_positions]
                 queries = self.memory.queries[layer.kept, lease.slot, :num_tokens]
-                found.append(torch.bmm(queries, keys.transpose(1, 2)).softmax(-1))
+                found.append(torch.bmm(queries, keys).softmax(-1))
         return torch.cat(found)
 
-    def _self_attention(self, index: int, qkv: Tensor, rows: Sequence[Row], spans: list[tuple[int, int]]) -> Tensor:
+    def _self_attention(self, index: int, qkv: Tensor, segments: Sequence[_Segment]) -> Tensor:
         queries, keys, values = qkv.view(qkv.shape[0], 3, -1, self._head_width).permute(1, 2, 0, 3)
         result = torch.empty_like(qkv[:, : self.config.width])
-        for row, (start, end) in zip(rows, spans, strict=True):
-            lease, num_tokens = row.lease, end - start
-            slot_keys = self.memory.keys[index, lease.slot]
-            slot_values = self.memory.values[index, lease.slot]
-            slot_keys[:, row.position : row.position + num_tokens] = keys[:, start:end]
-            slot_values[:, row.position : row.position + num_tokens] = values[:, start:end]
-            capacity = lease.token_capacity
+        for segment in segments:
+            start, end, place = segment.start, segment.end, segment.place
+            slot_keys = self.memory.keys[index, segment.slot]
+            slot_values = self.memory.values[index, segment.slot]
+            slot_keys[:, place : place + end - start] = keys[:, start:end]
+            slot_values[:, place : place + end - start] = values[:, start:end]
+            span = (place // _SPAN + 1) * _SPAN
             padded = _padded(queries[:, start:end])
-            mask = self._mask[row.position : row.position + padded.shape[1], :capacity]
-            scores = torch.bmm(padded, slot_keys[:, :capacity].transpose(1, 2)).add_(mask)
-            attended = torch.bmm(scores.softmax(-1), slot_values[:, :capacity])
-            result[start:end] = attended[:, :num_tokens].transpose(0, 1).reshape(num_tokens, -1)
+            mask = self._mask[place : place + padded.shape[1], :span]
+            scores = torch.bmm(padded, slot_keys[:, :span].transpose(1, 2)).add_(mask)
+            attended = torch.bmm(scores.softmax(-1), slot_values[:, :span])
+            result[start:end] = attended[:, : end - start].transpose(0, 1).reshape(end - start, -1)
         return result
 
-    def _cross_attention(self, index: int, q: Tensor, rows: Sequence[Row], spans: list[tuple[int, int]]) -> Tensor:
+    def _cross_attention(self, index: int, q: Tensor, rows: Sequence[Row]) -> Tensor:
         layer = self._layers[index]
         queries = q.view(q.shape[0], -1, self._head_width).transpose(0, 1)
         result = torch.empty_like(q)
-        for row, (start, end) in zip(rows, spans, strict=True):
-            lease, num_tokens = row.lease, end - start
+        start = 0
+        for row in rows:
+            lease, num_tokens = row.lease, len(row.tokens)
+            end = start + num_tokens
             if len(layer.kept_heads):
                 kept = self.memory.queries[layer.kept, lease.slot]
                 kept[:, row.position : row.position + num_tokens] = queries[layer.kept_heads, start:end]
-            slot_keys = self.memory.context_keys[index, lease.slot, :, : lease.num_context_positions]
+            slot_keys = self.memory.context_keys[index, lease.slot, :, :, : lease.num_context_positions]
             slot_values = self.memory.context_values[index, lease.slot, :, : lease.num_context_positions]
-            scores = torch.bmm(_padded(queries[:, start:end]), slot_keys.transpose(1, 2))
-            attended = torch.bmm(scores.softmax(-1), slot_values)
+            attended = torch.bmm(torch.bmm(_padded(queries[:, start:end]), slot_keys).softmax(-1), slot_values)
             result[start:end] = attended[:, :num_tokens].transpose(0, 1).reshape(num_tokens, -1)
+            start = end
         return result
 
 
-def _spans(rows: Sequence[Row]) -> list[tuple[int, int]]:
-    spans, end = [], 0
+def _segments(rows: Sequence[Row]) -> list[_Segment]:
+    """Cut the tokens of `rows` where a place's span changes."""
+    segments, start = [], 0
     for row in rows:
-        spans.append((end, end + len(row.tokens)))
-        end += len(row.tokens)
-    return spans
+        place, last = row.position, row.position + len(row.tokens)
+        while place < last:
+            cut = min(last, (place // _SPAN + 1) * _SPAN)
+            segments.append(_Segment(row.lease.slot, place, start, start + cut - place))
+            start += cut - place
+            place = cut
+    return segments
 
 
 def _padded(queries: Tensor) -> Tensor:

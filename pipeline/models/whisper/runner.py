@@ -21,8 +21,6 @@ from pipeline.models.whisper.decoder import WhisperDecoder
 from pipeline.models.whisper.prompts import WhisperPrompter
 from pipeline.models.whisper.tokenizer import WhisperTokenizer, load_tokenizer
 
-_CAPACITY_STEP = 64
-
 
 class WhisperRunner:
     """Implements `pipeline.decode.runner.DecodeRunner`. All arithmetic is float32, every row exact (decoder.py)."""
@@ -60,10 +58,9 @@ class WhisperRunner:
         Raises:
             ValueError: if either does not fit the slot.
         """
-        capacity = min(self.max_tokens, math.ceil(num_tokens / _CAPACITY_STEP) * _CAPACITY_STEP)
         with torch.inference_mode():
             # Copied: what arrives from another process may be read-only, which torch warns of.
-            return self.decoder.open(slot, torch.tensor(embeddings, device=self._device), capacity)
+            return self.decoder.open(slot, torch.tensor(embeddings, device=self._device), num_tokens)
 
     def close(self, lease: Lease) -> None:
         """End `lease`."""
