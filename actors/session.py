@@ -221,6 +221,7 @@ class Session:
             stream.accept(outcome)
             if self._observer is not None:
                 self._observer.on_outcome(snapshot, outcome)
+            self._submit_due(stream)
             await self._publish(stream)
             async with self._progress:
                 self._progress.notify_all()

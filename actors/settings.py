@@ -34,6 +34,7 @@ from pipeline.errors import ConfigError
 from pipeline.models.weights import ModelParams
 from pipeline.params import Params
 from pipeline.stream_params import CaptionParams, SnapshotParams, StreamParams
+from pipeline.text.skipped_speech import SkippedSpeechParams
 from pipeline.text.transcripts_to_summaries import SummaryParams
 
 DEFAULT_CONFIG = "edge"
@@ -50,6 +51,7 @@ class Settings(Params):
     vad: VadParams = VadParams()
     snapshots: SnapshotParams = SnapshotParams()
     captions: CaptionParams = CaptionParams()
+    skipped_speech: SkippedSpeechParams = SkippedSpeechParams()
     summary: SummaryParams | None = Field(default=None, description="null: no summaries")
     encoder: EncoderParams = EncoderParams()
     decoder: DecoderParams = DecoderParams()
@@ -60,7 +62,13 @@ class Settings(Params):
 
     def stream_params(self) -> StreamParams:
         """Return the parameters that a stream has unless its specification says otherwise."""
-        return StreamParams(vad=self.vad, snapshots=self.snapshots, captions=self.captions, summary=self.summary)
+        return StreamParams(
+            vad=self.vad,
+            snapshots=self.snapshots,
+            captions=self.captions,
+            skipped_speech=self.skipped_speech,
+            summary=self.summary,
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -65,8 +65,7 @@ def caption_items(
 
 
 def _answer(stream: Stream, models: LocalModels) -> list[BaseRecord]:
-    snapshots = stream.due_snapshots()
-    if snapshots:
+    while snapshots := stream.due_snapshots():
         for outcome in serve_snapshots(snapshots, models):
             stream.accept(outcome)
     return stream.take_records()

@@ -18,9 +18,9 @@ from typing import Literal
 from pipeline.audio.chunks_to_utterances import Checkpoint, ChunksToUtterances, VadParams
 from pipeline.audio.samples_to_chunks import SamplesToChunks
 from pipeline.audio.tail import AudioTail
+from pipeline.final_in_progress import FinalInProgress
 from pipeline.items import (
     Chunk,
-    CloseReason,
     Failure,
     FailureKind,
     Gap,
@@ -28,14 +28,13 @@ from pipeline.items import (
     Snapshot,
     SnapshotKey,
     Task,
-    TaskKind,
     UtteranceClosed,
     UtteranceOpened,
     tasks_of,
 )
 from pipeline.records import BaseRecord, FinalRecord, HealthRecord
 from pipeline.stream_params import AUTO, StreamParams
-from pipeline.text.hypotheses_to_records import Tier, Utterance, to_error, to_final, to_partial, to_translation
+from pipeline.text.hypotheses_to_records import Tier, Utterance, to_partial
 from pipeline.text.in_order import InOrder
 from pipeline.text.stable_prefix import StablePrefix
 from pipeline.text.transcripts_to_summaries import TranscriptsToSummaries
@@ -66,17 +65,6 @@ class _OpenUtterance:
     stable: StablePrefix = field(default_factory=StablePrefix)
 
 
-@dataclass(slots=True)
-class _ClosedUtterance:
-    """A final on its way: some of its tasks have no outcome yet."""
-
-    utterance: Utterance
-    revision: int
-    sequence: int
-    reason: CloseReason
-    open_tasks: set[Task]
-
-
 class Stream:
     """The state of one stream and the rules by which it turns sound into records."""
 
@@ -95,12 +83,13 @@ class Stream:
         self.chunker = SamplesToChunks(num_channels, start_sample=start.start_sample)
         self.num_failed_partials = 0
         self.num_guarded = 0
+        self.num_second_looks = 0
         self._tier: Tier = tier
         here = Checkpoint(start.start_sample, start.start_sample)
         self._detectors = [ChunksToUtterances(params.vad, channel, here) for channel in range(num_channels)]
         self._tails = [AudioTail() for _ in range(num_channels)]
         self._open: dict[int, _OpenUtterance] = {}  # by channel
-        self._closed: dict[int, _ClosedUtterance] = {}  # by utterance number
+        self._closed: dict[int, FinalInProgress] = {}  # by utterance number
         self._finals_due: list[Snapshot] = []
         self._next_sequence = start.next_sequence
         self._next_utterance = start.next_utterance
@@ -215,8 +204,7 @@ class Stream:
         """Take the outcome of one task of a snapshot; late outcomes of overtaken partials are ignored."""
         closed = self._closed.get(outcome.key.utterance)
         if closed is not None:
-            if closed.revision == outcome.key.revision:
-                self._accept_final(closed, outcome)
+            self._accept_final(closed, outcome)
             return
         for utterance in self._open.values():
             if utterance.number == outcome.key.utterance and utterance.in_flight_revision == outcome.key.revision:
@@ -241,24 +229,16 @@ class Stream:
             seen = self._describe(utterance, utterance.snapshot_end_sample)
             self._records.append(to_partial(seen, outcome, shown, stable_chars))
 
-    def _accept_final(self, closed: _ClosedUtterance, outcome: Outcome) -> None:
-        tasks = sorted(closed.open_tasks, key=_task_order) if outcome.task is None else [outcome.task]
-        for task in tasks:
-            if task not in closed.open_tasks:
-                continue
-            closed.open_tasks.discard(task)
-            self._release(task, closed.sequence, self._final_record(closed, task, outcome))
-        if not closed.open_tasks:
-            del self._closed[closed.utterance.number]
+    def _accept_final(self, closed: FinalInProgress, outcome: Outcome) -> None:
+        for task, record in closed.accept(outcome):
+            self._release(task, closed.sequence, record)
+        if (look := closed.take_snapshot()) is not None:
+            self._finals_due.append(look)
+        if closed.is_done:
+            self.num_guarded += closed.num_guarded
+            self.num_second_looks += closed.num_looks
+            del self._closed[outcome.key.utterance]
         self._end_if_done()
-
-    def _final_record(self, closed: _ClosedUtterance, task: Task, outcome: Outcome) -> BaseRecord:
-        if isinstance(outcome, Failure):
-            return to_error(closed.utterance, task, closed.sequence, outcome.message)
-        self.num_guarded += outcome.guard is not None
-        if task.kind is TaskKind.TRANSLATE:
-            return to_translation(closed.utterance, outcome, closed.sequence)
-        return to_final(closed.utterance, outcome, closed.sequence, closed.reason)
 
     def _release(self, task: Task, sequence: int, record: BaseRecord) -> None:
         for released in self._ordered[task].put(sequence, record):
@@ -314,12 +294,13 @@ class Stream:
         end_sample = min(event.end_sample, self.chunker.end_sample)
         snapshot = self._snapshot(utterance, end_sample, is_final=True)
         self._finals_due.append(snapshot)
-        self._closed[utterance.number] = _ClosedUtterance(
+        self._closed[utterance.number] = FinalInProgress(
             self._describe(utterance, end_sample),
-            snapshot.key.revision,
-            self._next_sequence,
-            event.reason,
-            set(snapshot.tasks),
+            snapshot,
+            sequence=self._next_sequence,
+            reason=event.reason,
+            speech_end_sample=min(event.last_speech_sample, end_sample),
+            params=self.params.skipped_speech,
         )
         self._next_sequence += 1
 
@@ -365,7 +346,3 @@ def by_chunk_index(items: Iterable[Chunk | Gap]) -> Iterator[list[Chunk | Gap]]:
         group.append(item)
     if group:
         yield group
-
-
-def _task_order(task: Task) -> tuple[str, str]:
-    return (task.kind.value, task.target_language or "")

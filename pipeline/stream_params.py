@@ -6,6 +6,7 @@ from pydantic import Field, field_validator
 
 from pipeline.audio.chunks_to_utterances import VadParams
 from pipeline.params import Params
+from pipeline.text.skipped_speech import SkippedSpeechParams
 from pipeline.text.transcripts_to_summaries import SummaryParams
 
 AUTO = "auto"
@@ -43,4 +44,5 @@ class StreamParams(Params):
     vad: VadParams = VadParams()
     snapshots: SnapshotParams = SnapshotParams()
     captions: CaptionParams = CaptionParams()
+    skipped_speech: SkippedSpeechParams = SkippedSpeechParams()
     summary: SummaryParams | None = Field(default=None, description="null: no summaries")

@@ -83,8 +83,17 @@ def test_variations_on_one_sentence_are_repetitive_and_cut_to_about_the_first() 
     texts = [" ".join(words[: i + 1]) for i in range(len(words))]
     params = GuardParams()
     assert is_repetitive(texts[-1], params)
-    assert 8 <= num_tokens_before_repetition(texts, params) <= 27
-    assert num_tokens_before_repetition([], params) == 0
+    tokens = list(range(len(words)))  # no token comes twice: only the ratio can tell
+    assert 8 <= num_tokens_before_repetition(tokens, texts, params) <= 27
+    assert num_tokens_before_repetition([], [], params) == 0
+
+
+@pytest.mark.parametrize("num_repeated", [6, 9, 20, 33])
+def test_a_text_that_repeats_its_end_is_kept_up_to_the_end_of_the_first_occurrence(num_repeated: int) -> None:
+    start, sentence = list(range(100, 140)), list(range(20))
+    tokens = start + sentence + [sentence[n % 20] for n in range(num_repeated)]
+    texts = ["the same words " * 20] * len(tokens)
+    assert num_tokens_before_repetition(tokens, texts, GuardParams()) == 60
 
 
 @pytest.mark.parametrize(

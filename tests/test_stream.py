@@ -18,7 +18,6 @@ from pipeline.items import (
     Snapshot,
     Task,
     TaskKind,
-    Word,
 )
 from pipeline.records import BaseRecord, ErrorRecord, FinalRecord, HealthRecord, PartialRecord, TranslationRecord
 from pipeline.stream import StartPoint, Stream, by_chunk_index
@@ -35,7 +34,7 @@ def answer(
         task=task,
         text=text,
         tokens=(snapshot.key.utterance, snapshot.key.revision),
-        words=(Word("one", 0, 160, 0.5),) if snapshot.is_final and task == TRANSCRIBE else (),
+        words=(),
         language="en",
         language_source="detected",
         average_logprob=-0.25,

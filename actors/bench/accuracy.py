@@ -240,8 +240,7 @@ def caption_live(
     outcomes: list[Outcome] = []
 
     def answer() -> None:
-        snapshots = stream.due_snapshots()
-        if snapshots:
+        while snapshots := stream.due_snapshots():
             for outcome in serve_snapshots(snapshots, models):
                 outcomes.append(outcome)
                 stream.accept(outcome)

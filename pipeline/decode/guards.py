@@ -44,6 +44,9 @@ class GuardParams(Params):
     kept_compression_ratio: float = Field(
         default=1.5, gt=1.0, le=100.0, description="a repetitive text is cut to its longest start below this ratio"
     )
+    min_repeated_tokens: int = Field(
+        default=6, ge=2, le=448, description="tokens at the end of a repetitive text that make up a repetition"
+    )
     min_compression_chars: int = Field(
         default=80, ge=1, le=10_000, description="shorter texts are not judged by their compression ratio"
     )
@@ -116,10 +119,25 @@ def is_repetitive(text: str, params: GuardParams) -> bool:
     return len(text) >= params.min_compression_chars and compression_ratio(text) > params.compression_ratio_threshold
 
 
-def num_tokens_before_repetition(texts: Sequence[str], params: GuardParams) -> int:
-    """Return how many tokens of a repetitive text to keep; `texts[i]` is the text of the first i + 1 tokens."""
+def num_tokens_before_repetition(tokens: Sequence[int], texts: Sequence[str], params: GuardParams) -> int:
+    """Return how many tokens of a repetitive text to keep; `texts[i]` is the text of the first i + 1 tokens.
+
+    Where its end repeats what stands before it, token by token and whatever the period, the text is kept up to the end
+    of the first occurrence. Otherwise it is cut to its longest start that compresses like speech.
+    """
+    num_repeated = max((_num_repeated(tokens, period) for period in range(1, len(tokens) // 2 + 1)), default=0)
+    if num_repeated >= params.min_repeated_tokens:
+        return len(tokens) - num_repeated
     kept = (i + 1 for i, text in enumerate(texts) if compression_ratio(text) <= params.kept_compression_ratio)
     return max(kept, default=0)
+
+
+def _num_repeated(tokens: Sequence[int], period: int) -> int:
+    """Return how many of the last tokens each equal the one `period` places before."""
+    count = 0
+    while count + period < len(tokens) and tokens[-1 - count] == tokens[-1 - count - period]:
+        count += 1
+    return count
 
 
 def is_silence(text: str, no_speech_probability: float, average_logprob: float, params: GuardParams) -> bool:

@@ -224,7 +224,7 @@ class TokenSequence:
     def _test_compression(self) -> None:
         if is_repetitive(self._decode(self._tokens), self._limits.guards):
             texts = [self._decode(self._tokens[: i + 1]) for i in range(len(self._tokens))]
-            self._cut(num_tokens_before_repetition(texts, self._limits.guards), COMPRESSION)
+            self._cut(num_tokens_before_repetition(self._tokens, texts, self._limits.guards), COMPRESSION)
 
     def _cut(self, num_kept: int, guard: str) -> None:
         if self._no_speech_probability > self._limits.guards.loop_no_speech_threshold:
