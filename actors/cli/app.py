@@ -238,6 +238,12 @@ def bench_live(
         float,
         typer.Option("--min-seconds", metavar="S", min=0, max=86_400, help="Loop shorter recordings to S seconds."),
     ] = 0.0,
+    stagger_ms: Annotated[
+        int,
+        typer.Option(
+            "--stagger-ms", metavar="MS", min=0, max=600_000, help="Start each stream so much later; 0: together."
+        ),
+    ] = 1_000,
     is_json: Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")] = False,
     runtime: RuntimeOption = None,
     config: ConfigOption = None,
@@ -246,4 +252,4 @@ def bench_live(
     """Latencies and CPU time with N streams at once, in real time, as a consumer of Redis sees them."""
     from actors.cli.benches import live  # noqa: PLC0415
 
-    live(load(config, sets, runtime).settings, media, num_streams, min_seconds, is_json=is_json)
+    live(load(config, sets, runtime).settings, media, num_streams, min_seconds, stagger_ms, is_json=is_json)

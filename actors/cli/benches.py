@@ -34,7 +34,9 @@ def accuracy(settings: Settings, media: Path, *, is_given: bool, is_json: bool) 
     _print(accuracy_table(report), report.to_json(), is_json=is_json)
 
 
-def live(settings: Settings, media: Path, num_streams: int, min_seconds: float, *, is_json: bool) -> None:
+def live(
+    settings: Settings, media: Path, num_streams: int, min_seconds: float, stagger_ms: int, *, is_json: bool
+) -> None:
     """Measure latencies and CPU time of streams at once.
 
     Raises:
@@ -44,7 +46,9 @@ def live(settings: Settings, media: Path, num_streams: int, min_seconds: float, 
     from actors.bench.tables import live_table  # noqa: PLC0415
 
     set_up_logging("surtitle: %(message)s")
-    options = LiveOptions(media=media, num_streams=num_streams, settings=settings, min_seconds=min_seconds)
+    options = LiveOptions(
+        media=media, num_streams=num_streams, settings=settings, min_seconds=min_seconds, stagger_ms=stagger_ms
+    )
     with progress("starting the service") as report_progress:
         report = run_live(options, report_progress)
     _print(live_table(report), report.to_json(), is_json=is_json)
