@@ -42,8 +42,7 @@ class FinalInProgress:
         params: SkippedSpeechParams,
     ) -> None:
         self.sequence = sequence
-        self.num_guarded = 0
-        self.num_looks = 0
+        self._num_looks = 0
         self._utterance = utterance
         self._snapshot = snapshot
         self._reason = reason
@@ -73,13 +72,17 @@ class FinalInProgress:
             return self._accept_look(self._look, outcome)
         if outcome.key != self._snapshot.key:
             return []
-        tasks = sorted(self._open_tasks, key=_task_order) if outcome.task is None else [outcome.task]
+        tasks = self._unanswered() if outcome.task is None else [outcome.task]
         return [done for task in tasks if task in self._open_tasks for done in self._accept_task(task, outcome)]
+
+    def _unanswered(self) -> list[Task]:
+        """Return the tasks that a failure of the snapshot ends: not a transcription that is only looked at again."""
+        has_answer = {TRANSCRIBE} if self._transcription is not None else set()
+        return sorted(self._open_tasks - has_answer, key=_task_order)
 
     def _accept_task(self, task: Task, outcome: Outcome) -> list[tuple[Task, BaseRecord]]:
         if isinstance(outcome, Failure):
             return [self._done(task, to_error(self._utterance, task, self.sequence, outcome.message))]
-        self.num_guarded += outcome.guard is not None
         if task.kind is TaskKind.TRANSLATE:
             return [self._done(task, to_translation(self._utterance, outcome, self.sequence))]
         self._transcription = outcome
@@ -106,7 +109,7 @@ class FinalInProgress:
         skipped = find_skipped(transcription.words, self._speech_end_sample, self._params)
         for stretch in ([again] if again else []) + skipped:
             span = (stretch.start_sample, stretch.end_sample)
-            if span not in self._looked_at and self.num_looks < self._params.max_looks:
+            if span not in self._looked_at and self._num_looks < self._params.max_looks:
                 self._looked_at.add(span)
                 self._look = self._make_look(stretch, transcription.language)
                 self._is_look_due = True
@@ -114,14 +117,14 @@ class FinalInProgress:
         return [self._done(TRANSCRIBE, to_final(self._utterance, transcription, self.sequence, self._reason))]
 
     def _make_look(self, stretch: Stretch, language: str) -> _Look:
-        self.num_looks += 1
+        self._num_looks += 1
         key = self._snapshot.key
         margin = ms_to_samples(self._params.margin_ms)
         start = max(0, stretch.start_sample - margin)
         end = stretch.end_sample + (0 if stretch.is_shortened else margin)
         snapshot = replace(
             self._snapshot,
-            key=SnapshotKey(key.stream_id, key.utterance, key.revision + self.num_looks),
+            key=SnapshotKey(key.stream_id, key.utterance, key.revision + self._num_looks),
             start_sample=self._snapshot.start_sample + start,
             samples=self._snapshot.samples[start:end],
             language=language,

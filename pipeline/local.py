@@ -6,7 +6,7 @@ every one is answered before the next chunk is heard.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,23 +49,32 @@ def caption_samples(
 
 
 def caption_items(
-    runs: list[NDArray[np.int16]], params: StreamParams, models: LocalModels, stream_id: str = "local"
+    runs: list[NDArray[np.int16]],
+    params: StreamParams,
+    models: LocalModels,
+    stream_id: str = "local",
+    on_outcome: Callable[[Outcome], None] | None = None,
 ) -> list[BaseRecord]:
-    """Return all records of a stream that arrives as `runs` of samples, each int16[num_channels, n]."""
+    """Return all records of a stream that arrives as `runs` of samples, each int16[num_channels, n].
+
+    `on_outcome` is told every outcome, before it is accepted.
+    """
     stream = Stream(stream_id, params, num_channels=runs[0].shape[0] if runs else 1, tier=models.tier)
     records: list[BaseRecord] = []
     for run in runs:
         for items in by_chunk_index(stream.chunker.push(run)):
             for item in items:
                 stream.push(item)
-            records += _answer(stream, models)
+            records += _answer(stream, models, on_outcome)
     stream.finish()
-    records += _answer(stream, models)
+    records += _answer(stream, models, on_outcome)
     return records
 
 
-def _answer(stream: Stream, models: LocalModels) -> list[BaseRecord]:
+def _answer(stream: Stream, models: LocalModels, on_outcome: Callable[[Outcome], None] | None) -> list[BaseRecord]:
     while snapshots := stream.due_snapshots():
         for outcome in serve_snapshots(snapshots, models):
+            if on_outcome is not None:
+                on_outcome(outcome)
             stream.accept(outcome)
     return stream.take_records()

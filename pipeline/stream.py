@@ -22,7 +22,6 @@ from pipeline.final_in_progress import FinalInProgress
 from pipeline.items import (
     Chunk,
     Failure,
-    FailureKind,
     Gap,
     Outcome,
     Snapshot,
@@ -81,9 +80,6 @@ class Stream:
         self.stream_id = stream_id
         self.params = params
         self.chunker = SamplesToChunks(num_channels, start_sample=start.start_sample)
-        self.num_failed_partials = 0
-        self.num_guarded = 0
-        self.num_second_looks = 0
         self._tier: Tier = tier
         here = Checkpoint(start.start_sample, start.start_sample)
         self._detectors = [ChunksToUtterances(params.vad, channel, here) for channel in range(num_channels)]
@@ -213,12 +209,7 @@ class Stream:
 
     def _accept_partial(self, utterance: _OpenUtterance, outcome: Outcome) -> None:
         utterance.in_flight_revision = None
-        if isinstance(outcome, Failure):
-            if outcome.kind is FailureKind.FAILED:
-                self.num_failed_partials += 1
-            return
-        if outcome.guard is not None:
-            self.num_guarded += 1
+        if isinstance(outcome, Failure) or outcome.guard is not None:
             return
         utterance.draft = outcome.tokens
         heard_samples = utterance.snapshot_end_sample - utterance.start_sample
@@ -235,8 +226,6 @@ class Stream:
         if (look := closed.take_snapshot()) is not None:
             self._finals_due.append(look)
         if closed.is_done:
-            self.num_guarded += closed.num_guarded
-            self.num_second_looks += closed.num_looks
             del self._closed[outcome.key.utterance]
         self._end_if_done()
 
@@ -275,11 +264,6 @@ class Stream:
     def num_unfinished_finals(self) -> int:
         """How many closed utterances wait for an outcome."""
         return len(self._closed)
-
-    @property
-    def end_sample(self) -> int:
-        """One past the newest sample of the media clock."""
-        return self._end_sample
 
     # -- utterances -------------------------------------------------------------------------------
 

@@ -21,8 +21,3 @@ def ms_to_samples(ms: float) -> int:
 def samples_to_ms(samples: int) -> int:
     """Return the media time in whole milliseconds that has passed at sample `samples` (floor)."""
     return samples // SAMPLES_PER_MS
-
-
-def samples_to_chunks_floor(samples: int) -> int:
-    """Return how many whole chunks fit into `samples` samples."""
-    return samples // CHUNK_SAMPLES

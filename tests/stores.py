@@ -19,7 +19,15 @@ from actors.follow import Followed, follow
 from actors.publisher import Publisher
 from actors.redis_server import EmbeddedRedis
 from actors.store import RedisParams, Store
-from pipeline.records import ErrorRecord, FinalRecord, HealthRecord, PartialRecord, SummaryRecord, TranslationRecord
+from pipeline.records import (
+    BaseRecord,
+    ErrorRecord,
+    FinalRecord,
+    HealthRecord,
+    PartialRecord,
+    SummaryRecord,
+    TranslationRecord,
+)
 
 STARTED_AT = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 
@@ -51,6 +59,13 @@ async def publisher(embedded_redis: Store) -> AsyncIterator[Publisher]:
     """A publisher on `embedded_redis`."""
     async with Publisher(embedded_redis) as opened:
         yield opened
+
+
+def comparable(records: list[BaseRecord], kind: str) -> list[dict[str, Any]]:
+    """The records of one kind without what the publisher stamps and without the stream's name."""
+    return [
+        record.model_dump(exclude={"emitted_at", "utc_start", "stream"}) for record in records if record.kind == kind
+    ]
 
 
 def kill_server(data_dir: Path) -> int | None:

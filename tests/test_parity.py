@@ -18,7 +18,7 @@ from pipeline.timebase import SAMPLE_RATE_HZ
 from tests.media import read_pcm, write_pcm
 from tests.models import base_encoder, base_engine
 from tests.ray_cluster import RayCluster
-from tests.stores import kill_server
+from tests.stores import comparable, kill_server
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -50,12 +50,6 @@ def spec_of(clip: Path, stream_id: str) -> StreamSpec:
         translate_to=("en",),
         summary_minutes=0.1,
     )
-
-
-def comparable(records: list[BaseRecord], kind: str) -> list[dict[str, object]]:
-    return [
-        record.model_dump(exclude={"emitted_at", "utc_start", "stream"}) for record in records if record.kind == kind
-    ]
 
 
 async def caption(cluster: RayCluster, store: Store, clip: Path, stream_id: str) -> list[BaseRecord]:

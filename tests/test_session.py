@@ -31,6 +31,7 @@ from pipeline.stream_params import CaptionParams, StreamParams
 from pipeline.timebase import SAMPLE_RATE_HZ
 from tests.media import read_pcm
 from tests.models import base_encoder, base_engine
+from tests.stores import comparable
 
 # The stages live on the event loop on which they were opened.
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -80,13 +81,6 @@ async def read_all(store: Store, stream_id: str) -> list[BaseRecord]:
         return [entry.record async for entry in follow(client, stream_id)]
     finally:
         await client.aclose()
-
-
-def comparable(records: list[BaseRecord], kind: str) -> list[dict[str, object]]:
-    """The records of one kind without what the publisher stamps and without the stream's name."""
-    return [
-        record.model_dump(exclude={"emitted_at", "utc_start", "stream"}) for record in records if record.kind == kind
-    ]
 
 
 @pytest.fixture(scope="module")

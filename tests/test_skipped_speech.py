@@ -5,7 +5,18 @@ from dataclasses import replace
 import pytest
 
 from pipeline.final_in_progress import FinalInProgress
-from pipeline.items import TRANSCRIBE, CloseReason, Failure, FailureKind, Hypothesis, Snapshot, SnapshotKey, Word
+from pipeline.items import (
+    TRANSCRIBE,
+    CloseReason,
+    Failure,
+    FailureKind,
+    Hypothesis,
+    Snapshot,
+    SnapshotKey,
+    Task,
+    TaskKind,
+    Word,
+)
 from pipeline.records import FinalRecord
 from pipeline.text.hypotheses_to_records import Utterance
 from pipeline.text.skipped_speech import SkippedSpeechParams, Stretch, find_skipped, put_in, shortened
@@ -108,8 +119,8 @@ def test_a_stretch_is_shortened_once_and_only_if_enough_is_left():
     assert shortened(Stretch(0, 16_000 * 4, 1, 1), PARAMS) is None
 
 
-def in_progress(samples, **changes: object) -> tuple[FinalInProgress, Snapshot]:
-    snapshot = Snapshot(KEY, 0, True, 32_000, samples, None, (), (5, 6), (TRANSCRIBE,))
+def in_progress(samples, tasks=(TRANSCRIBE,), **changes: object) -> tuple[FinalInProgress, Snapshot]:
+    snapshot = Snapshot(KEY, 0, True, 32_000, samples, None, (), (5, 6), tasks)
     end_sample = 32_000 + len(samples)
     utterance = Utterance("s", 1, 0, 32_000, end_sample, "edge", is_language_given=False)
     final = FinalInProgress(
@@ -135,6 +146,19 @@ def test_a_failed_second_look_leaves_the_first(speech):
     assert task == TRANSCRIBE
     assert isinstance(record, FinalRecord)
     assert (record.text, record.revision, record.sequence) == ("Good morning", KEY.revision, 4)
+    assert final.is_done
+
+
+def test_a_translation_that_fails_takes_nothing_from_a_transcription_that_is_looked_at_again(speech):
+    english = Task(TaskKind.TRANSLATE, "en")
+    final, snapshot = in_progress(read_pcm(speech)[: 16_000 * 6], tasks=(TRANSCRIBE, english))
+    assert final.accept(hypothesis(("Good", 0.0, 0.5))) == []
+    look = final.take_snapshot()
+    assert look is not None
+    ((task, error),) = final.accept(Failure(snapshot.key, None, FailureKind.UNAVAILABLE, "the decoder died"))
+    assert (task, error.kind) == (english, "error")
+    ((task, record),) = final.accept(Failure(look.key, None, FailureKind.UNAVAILABLE, "the decoder died"))
+    assert (task, record.text) == (TRANSCRIBE, "Good")
     assert final.is_done
 
 

@@ -27,9 +27,8 @@ from pipeline.audio.utterances_to_embeddings import UtterancesToEmbeddings
 from pipeline.decode.embeddings_to_hypotheses import DecodeEngine
 from pipeline.errors import MediaError
 from pipeline.items import Hypothesis, Outcome
-from pipeline.local import LocalModels, serve_snapshots
+from pipeline.local import LocalModels, caption_items
 from pipeline.records import BaseRecord, ErrorRecord, FinalRecord, PartialRecord
-from pipeline.stream import Stream, by_chunk_index
 from pipeline.stream_params import AUTO, StreamParams
 
 if TYPE_CHECKING:
@@ -235,23 +234,8 @@ def caption_live(
     samples: NDArray[np.int16], params: StreamParams, models: LocalModels
 ) -> tuple[list[BaseRecord], LiveCounts]:
     """Return the records of int16[n] heard live, driven by samples as in `pipeline.local`, and what happened."""
-    stream = Stream("bench", params, tier=models.tier)
-    records: list[BaseRecord] = []
     outcomes: list[Outcome] = []
-
-    def answer() -> None:
-        while snapshots := stream.due_snapshots():
-            for outcome in serve_snapshots(snapshots, models):
-                outcomes.append(outcome)
-                stream.accept(outcome)
-        records.extend(stream.take_records())
-
-    for group in by_chunk_index(stream.chunker.push(samples[np.newaxis])):
-        for item in group:
-            stream.push(item)
-        answer()
-    stream.finish()
-    answer()
+    records = caption_items([samples[np.newaxis]], params, models, "bench", on_outcome=outcomes.append)
     return records, _count(records, outcomes)
 
 
