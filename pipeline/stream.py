@@ -1,7 +1,8 @@
 """One stream, without I/O, threads or a clock: chunks and outcomes in, snapshots and records out.
 
 Both drivers use it: `pipeline/local.py` by samples (the oracle), `actors/session.py` by events. What it emits
-depends only on the chunks, on the outcomes, and, for partials, on when the driver asks for snapshots.
+depends only on the chunks, on the outcomes, and, for partials, on when the driver asks for snapshots and how often
+it wants them.
 
     stream.push(chunk)            sound goes in
     stream.due_snapshots()        what should be encoded and decoded now, finals first
@@ -32,12 +33,21 @@ from pipeline.items import (
     tasks_of,
 )
 from pipeline.records import BaseRecord, FinalRecord, HealthRecord
-from pipeline.stream_params import AUTO, StreamParams
+from pipeline.stream_params import AUTO, NUM_OPENING_SNAPSHOTS, StreamParams
 from pipeline.text.hypotheses_to_records import Tier, Utterance, to_partial
 from pipeline.text.in_order import InOrder
 from pipeline.text.stable_prefix import StablePrefix
 from pipeline.text.transcripts_to_summaries import TranscriptsToSummaries
 from pipeline.timebase import ms_to_samples, samples_to_ms
+
+_NUM_OPENING_PARTIALS = 2
+"""So many partials of an utterance are shown at the minimum cadence: the first has often a wrong first word."""
+_NEW_SPEECH_MS = 160
+"""Less new speech than a syllable changes no word."""
+_PAUSE_MS = 160
+"""Longer than a stop consonant is silent: a word has ended."""
+_LAST_SPEECH_MS = 80
+"""New speech that is worth a partial when it is the end of a word."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,12 +66,24 @@ class _OpenUtterance:
     channel: int
     start_sample: int
     onset_sample: int
+    speech_end_sample: int
+    new_speech_samples: int  # since the last snapshot; counts every chunk to the end of its last speech
     revision: int = 0
     in_flight_revision: int | None = None
     snapshot_end_sample: int = 0
+    num_shown: int = 0
     language: str | None = None
     draft: tuple[int, ...] = ()
     stable: StablePrefix = field(default_factory=StablePrefix)
+
+    @property
+    def is_opening(self) -> bool:
+        return self.num_shown < _NUM_OPENING_PARTIALS and self.revision < NUM_OPENING_SNAPSHOTS
+
+    def hear(self, speech_end_sample: int, chunk: Chunk) -> None:
+        began = max(self.speech_end_sample, chunk.start_sample)
+        self.new_speech_samples += max(0, speech_end_sample - began)
+        self.speech_end_sample = speech_end_sample
 
 
 class Stream:
@@ -119,6 +141,8 @@ class Stream:
         self._end_sample = max(self._end_sample, item.end_sample)
         for event in self._detectors[item.channel].push(item):
             self._on_event(event)
+        if (utterance := self._open.get(item.channel)) is not None:
+            utterance.hear(self._detectors[item.channel].last_speech_sample, item)
         self._trim(item.channel)
 
     def finish(self) -> None:
@@ -147,32 +171,44 @@ class Stream:
 
     # -- snapshots out ----------------------------------------------------------------------------
 
-    def due_snapshots(self) -> list[Snapshot]:
-        """Return what should be served now, finals first; each is returned once."""
+    def due_snapshots(self, cadence_ms: int | None = None) -> list[Snapshot]:
+        """Return what should be served now, finals first; each is returned once.
+
+        Args:
+            cadence_ms: what the stages can bear now, for live streams: kept within the parameters' bounds. None: the
+                cadence by samples.
+        """
         due, self._finals_due = self._finals_due, []
         if self.params.captions.has_partials and self._closing_event is None:
             for utterance in sorted(self._open.values(), key=lambda u: u.number):
-                if self._is_partial_due(utterance):
+                if self._is_partial_due(utterance, cadence_ms):
                     due.append(self._take_partial(utterance))
         return due
 
-    def _is_partial_due(self, utterance: _OpenUtterance) -> bool:
+    def _is_partial_due(self, utterance: _OpenUtterance, cadence_ms: int | None) -> bool:
         params = self.params.snapshots
         end_sample = self._tails[utterance.channel].end_sample
-        last_speech_sample = self._detectors[utterance.channel].last_speech_sample
+        if (
+            utterance.in_flight_revision is not None
+            or end_sample - utterance.onset_sample < ms_to_samples(params.min_speech_ms)
+        ):  # fmt: skip
+            return False
+        soonest_ms = params.cadence_ms if cadence_ms is None else params.min_cadence_ms
+        wanted_ms = min(max(soonest_ms, cadence_ms or 0), params.max_cadence_ms)
+        new_speech_ms = samples_to_ms(utterance.new_speech_samples)
+        has_paused = samples_to_ms(end_sample - utterance.speech_end_sample) >= _PAUSE_MS
+        if has_paused or utterance.is_opening:
+            wanted_ms = soonest_ms
         since = max(utterance.snapshot_end_sample, utterance.start_sample)
-        return (
-            utterance.in_flight_revision is None
-            and end_sample - utterance.onset_sample >= ms_to_samples(params.min_speech_ms)
-            and end_sample - since >= ms_to_samples(params.cadence_ms)
-            and last_speech_sample > utterance.snapshot_end_sample
-        )
+        is_worth_it = new_speech_ms >= (_LAST_SPEECH_MS if has_paused else _NEW_SPEECH_MS)
+        return is_worth_it and end_sample - since >= ms_to_samples(wanted_ms)
 
     def _take_partial(self, utterance: _OpenUtterance) -> Snapshot:
         end_sample = self._tails[utterance.channel].end_sample
         snapshot = self._snapshot(utterance, end_sample, is_final=False)
         utterance.in_flight_revision = utterance.revision
         utterance.snapshot_end_sample = end_sample
+        utterance.new_speech_samples = 0
         return snapshot
 
     def _snapshot(self, utterance: _OpenUtterance, end_sample: int, *, is_final: bool) -> Snapshot:
@@ -217,6 +253,7 @@ class Stream:
             utterance.language = outcome.language
         shown, stable_chars = utterance.stable.revise(outcome.text)
         if shown:
+            utterance.num_shown += 1
             seen = self._describe(utterance, utterance.snapshot_end_sample)
             self._records.append(to_partial(seen, outcome, shown, stable_chars))
 
@@ -269,8 +306,14 @@ class Stream:
 
     def _on_event(self, event: UtteranceOpened | UtteranceClosed) -> None:
         if isinstance(event, UtteranceOpened):
+            speech_end_sample = self._detectors[event.channel].last_speech_sample
             self._open[event.channel] = _OpenUtterance(
-                self._next_utterance, event.channel, event.start_sample, event.onset_sample
+                self._next_utterance,
+                event.channel,
+                event.start_sample,
+                event.onset_sample,
+                speech_end_sample,
+                new_speech_samples=speech_end_sample - event.onset_sample,
             )
             self._next_utterance += 1
             return

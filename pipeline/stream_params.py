@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import Field, field_validator
+from typing import Self
+
+from pydantic import Field, field_validator, model_validator
 
 from pipeline.audio.chunks_to_utterances import VadParams
 from pipeline.params import Params
@@ -11,15 +13,36 @@ from pipeline.text.transcripts_to_summaries import SummaryParams
 
 AUTO = "auto"
 
+NUM_OPENING_SNAPSHOTS = 6
+"""An utterance's first partials come at the minimum cadence and go before others, but no more of them than this: one of
+noise, of which nothing is ever shown, costs what speech costs."""
+
 
 class SnapshotParams(Params):
     """When an open utterance is sent to be transcribed."""
 
-    cadence_ms: int = Field(default=640, ge=160, le=5_000, description="new sound between two partials of an utterance")
+    cadence_ms: int = Field(
+        default=640, ge=160, le=5_000, description="new sound between two partials of an utterance, by samples"
+    )
+    min_cadence_ms: int = Field(
+        default=320, ge=160, le=5_000, description="the same in live streams while the stages are idle"
+    )
+    max_cadence_ms: int = Field(
+        default=2_000, ge=160, le=10_000, description="the same in live streams while the stages are busy"
+    )
     min_speech_ms: int = Field(default=640, ge=320, le=5_000, description="no partial before this much speech")
     keep_language_after_ms: int = Field(
         default=3_000, ge=0, le=30_000, description="partials longer than this keep the language detected before"
     )
+
+    @model_validator(mode="after")
+    def _check_order(self) -> Self:
+        if not self.min_cadence_ms <= self.cadence_ms <= self.max_cadence_ms:
+            raise ValueError(
+                f"cadence_ms={self.cadence_ms} must lie between min_cadence_ms={self.min_cadence_ms} and "
+                f"max_cadence_ms={self.max_cadence_ms}: change the bound as well"
+            )
+        return self
 
 
 class CaptionParams(Params):

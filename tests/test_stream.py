@@ -7,8 +7,12 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from numpy.typing import NDArray
+from pydantic import ValidationError
 
+from pipeline.audio.chunks_to_utterances import ChunksToUtterances, VadParams
 from pipeline.items import (
     TRANSCRIBE,
     Failure,
@@ -21,7 +25,7 @@ from pipeline.items import (
 )
 from pipeline.records import BaseRecord, ErrorRecord, FinalRecord, HealthRecord, PartialRecord, TranslationRecord
 from pipeline.stream import StartPoint, Stream, by_chunk_index
-from pipeline.stream_params import CaptionParams, StreamParams
+from pipeline.stream_params import NUM_OPENING_SNAPSHOTS, CaptionParams, SnapshotParams, StreamParams
 from pipeline.timebase import CHUNK_SAMPLES, SAMPLE_RATE_HZ
 from tests.media import read_pcm
 
@@ -55,13 +59,16 @@ def hear(stream: Stream, samples: NDArray[np.int16]) -> list[Snapshot]:
 
 
 def caption(
-    stream: Stream, samples: NDArray[np.int16], decode: Callable[[Snapshot], Iterable[Outcome]]
+    stream: Stream,
+    samples: NDArray[np.int16],
+    decode: Callable[[Snapshot], Iterable[Outcome]],
+    cadence_ms: int | None = None,
 ) -> tuple[list[Snapshot], list[BaseRecord]]:
     """Play `samples` to the end, answering every snapshot at once."""
     served: list[Snapshot] = []
 
     def serve() -> None:
-        for snapshot in stream.due_snapshots():
+        for snapshot in stream.due_snapshots(cadence_ms):
             served.append(snapshot)
             for outcome in decode(snapshot):
                 stream.accept(outcome)
@@ -105,6 +112,94 @@ def test_a_partial_waits_for_640_ms_of_speech_and_of_new_sound(sound):
         if before.key.utterance == after.key.utterance:
             assert after.end_sample - before.end_sample == 640 * 16
         assert len(after.samples) >= 640 * 16
+
+
+def partials_by_utterance(served: list[Snapshot]) -> list[list[Snapshot]]:
+    partials = [snapshot for snapshot in served if not snapshot.is_final]
+    return [list(group) for _, group in itertools.groupby(partials, key=lambda snapshot: snapshot.key.utterance)]
+
+
+def gaps_ms(partials: list[Snapshot]) -> list[int]:
+    return [(after.end_sample - before.end_sample) // 16 for before, after in itertools.pairwise(partials)]
+
+
+@pytest.mark.parametrize("cadence_ms", [0, 320, 700, 1_400, 2_000, 60_000])
+def test_the_cadence_of_a_live_stream_is_the_one_asked_for_within_its_bounds_but_the_first_come_soon(sound, cadence_ms):
+    params = StreamParams(vad=VadParams(soft_limit_ms=15_000))
+    served, _ = caption(Stream("s", params), sound, lambda snapshot: [answer(snapshot)], cadence_ms)
+    wanted_ms = min(max(320, cadence_ms), 2_000)
+    stretched = []
+    for partials in partials_by_utterance(served):
+        first, *others = gaps_ms(partials)
+        assert first == 320
+        assert all(gap_ms >= 320 for gap_ms in others)
+        stretched += others
+    assert stretched.count(-(-wanted_ms // 80) * 80) >= 3
+
+
+def test_an_utterance_of_which_nothing_is_shown_keeps_the_minimum_cadence_for_a_few_partials_only(sound):
+    served, _ = caption(
+        Stream("s", StreamParams()), sound, lambda s: [answer(s, guard=None if s.is_final else "silence")], 1_600
+    )
+    gaps = [gaps_ms(partials) for partials in partials_by_utterance(served)]
+    assert any(len(each) >= NUM_OPENING_SNAPSHOTS for each in gaps)
+    for each in gaps:
+        assert set(each[: NUM_OPENING_SNAPSHOTS - 1]) <= {320, 400, 480}
+        assert all(gap_ms > 480 for gap_ms in each[NUM_OPENING_SNAPSHOTS - 1 : -1])
+
+
+def paused(sound: NDArray[np.int16], pause_ms: int) -> tuple[Stream, NDArray[np.int16], int]:
+    """Two pieces of speech with a pause of `pause_ms` between them, in one utterance; where the pause begins."""
+    stream = Stream("s", StreamParams(vad=VadParams(hangover_ms=2_000, soft_limit_ms=15_000)))
+    began = next(snapshot for snapshot in hear(Stream("s", StreamParams()), sound) if not snapshot.is_final)
+    piece = sound[began.start_sample : began.start_sample + 2_400 * 16]
+    pause = np.zeros(pause_ms * 16, np.int16)
+    return stream, np.concatenate([np.zeros(8_000, np.int16), piece, pause, piece]), 8_000 + len(piece)
+
+
+@pytest.mark.parametrize("cadence_ms", [320, 2_000])
+def test_the_last_words_before_a_pause_get_a_partial_soon_and_the_pause_gets_none(sound, cadence_ms):
+    stream, samples, pause_start = paused(sound, 1_500)
+    served, _ = caption(stream, samples, lambda snapshot: [answer(snapshot)], cadence_ms)
+    assert {snapshot.key.utterance for snapshot in served} == {1}
+    ends_ms = [(snapshot.end_sample - pause_start) // 16 for snapshot in served if not snapshot.is_final]
+    [last_words_ms] = [end_ms for end_ms in ends_ms if 80 < end_ms <= 1_500]
+    # the pause that is waited for, the detector's own hangover and a chunk, or what is left of the minimum cadence
+    assert last_words_ms <= 400
+    back = min(end_ms for end_ms in ends_ms if end_ms > 1_500)
+    assert back >= 1_500 + 80
+
+
+@given(cadence_ms=st.one_of(st.none(), st.integers(100, 3_000)), lag=st.integers(0, 30))
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_every_partial_adds_speech_however_late_the_answers_come(sound, cadence_ms, lag):
+    """`lag` is how many chunks the stages need for an answer."""
+    stream, detector = Stream("s", StreamParams()), ChunksToUtterances(VadParams(), 0)
+    ends: dict[int, int] = {}  # by utterance: where its last partial ended
+    speech_until: list[int] = []
+    waiting: list[tuple[int, Snapshot]] = []
+    for index, [chunk] in enumerate(by_chunk_index(stream.chunker.push(np.atleast_2d(sound[: 20 * SAMPLE_RATE_HZ])))):
+        stream.push(chunk)
+        detector.push(chunk)
+        speech_until.append(detector.last_speech_sample)
+        while waiting and waiting[0][0] <= index:
+            stream.accept(answer(waiting.pop(0)[1]))
+        for snapshot in stream.due_snapshots(cadence_ms):
+            waiting.append((index + lag, snapshot))
+            if snapshot.is_final:
+                continue
+            since = ends.get(snapshot.key.utterance, snapshot.start_sample)
+            assert speech_until[-1] - since >= 80 * 16
+            assert snapshot.end_sample - since >= 320 * 16
+            ends[snapshot.key.utterance] = snapshot.end_sample
+    assert len(ends) >= 3
+
+
+def test_bounds_of_the_cadence_in_the_wrong_order_are_refused():
+    with pytest.raises(ValidationError, match="cadence_ms=640 must lie between min_cadence_ms=800"):
+        SnapshotParams(min_cadence_ms=800)
+    with pytest.raises(ValidationError, match="max_cadence_ms=600"):
+        SnapshotParams(max_cadence_ms=600)
 
 
 def test_no_partial_is_asked_for_while_one_is_in_flight(sound):
