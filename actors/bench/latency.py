@@ -161,7 +161,7 @@ def _measure_utterance(
     first_word_at_ms = _first_time(0, units, [*shown, whole])
     result.first_word_ms.append(first_word_at_ms - wall.onset_ms)
     result.finalisation_ms.append(final_at_ms - wall.last_speech_ms)
-    for place, end_ms in _word_ends(final, units):
+    for place, end_ms in word_ends(final, units):
         said_at_ms = wall.anchor_ms + end_ms
         result.emission_lag_ms.append(_first_time(place, units, [*shown, whole]) - said_at_ms)
         result.stable_lag_ms.append(_first_time(place, units, [*stable, whole]) - said_at_ms)
@@ -187,7 +187,7 @@ def _stable_units(record: PartialRecord) -> list[str]:
     return [normalise_unit(unit) for unit in units]
 
 
-def _word_ends(final: FinalRecord, units: Sequence[str]) -> list[tuple[int, int]]:
+def word_ends(final: FinalRecord, units: Sequence[str]) -> list[tuple[int, int]]:
     """Return (place among the units, end in media ms) of every word of the final that has a time.
 
     Words of the model and units of the text are matched by their characters without white space: a model's word may be
