@@ -29,9 +29,10 @@ HEADER = """\
 
 
 def requirements() -> list[str]:
-    """Return what pyproject.toml asks for (with the dev extra), torch replaced by what it needs."""
+    """Return what pyproject.toml asks for with all its extras, torch replaced by what it needs."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
+    extras = project["optional-dependencies"]
+    wanted = [*project["dependencies"], *extras["bench"], *extras["dev"]]
     return sorted([line for line in wanted if not line.startswith(APART)] + list(TORCH_NEEDS), key=str.lower)
 
 
