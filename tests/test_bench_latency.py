@@ -170,11 +170,20 @@ def test_streams_are_put_together() -> None:
 
 
 @pytest.mark.parametrize(
-    ("values", "p50", "p95"),
-    [([], None, None), ([7.0], 7.0, 7.0), ([1.0, 2.0], 1.0, 2.0), ([float(i) for i in range(1, 101)], 50.0, 95.0)],
+    ("values", "p50", "p95", "mean"),
+    [
+        ([], None, None, None),
+        ([7.0], 7.0, 7.0, 7.0),
+        ([1.0, 2.0], 1.0, 2.0, 1.5),
+        ([float(i) for i in range(1, 101)], 50.0, 95.0, 50.5),
+    ],
 )
-def test_percentiles_are_by_nearest_rank(values: list[float], p50: float | None, p95: float | None) -> None:
-    assert Percentiles.of(reversed(values)) == Percentiles(p50, p95, len(values))
+def test_percentiles_are_by_nearest_rank(
+    values: list[float], p50: float | None, p95: float | None, mean: float | None
+) -> None:
+    percentiles = Percentiles.of(reversed(values))
+    assert percentiles == Percentiles(p50=p50, p95=p95, mean=mean, num=len(values))
+    assert percentiles.to_json() == {"p50": p50, "p95": p95, "mean": mean, "num": len(values)}
 
 
 @given(st.lists(st.sampled_from("abc"), max_size=6), st.lists(st.sampled_from("abc"), max_size=6))

@@ -11,11 +11,14 @@ from actors.bench.media import (
     Clip,
     JoinParams,
     find_reference,
+    join_about,
     join_clips,
     load_clips,
+    load_stream,
     loop_clip,
     read_samples,
     trim_silence,
+    write_looped_wav,
     write_wav,
 )
 from pipeline.errors import MediaError, SourceNotFound
@@ -114,6 +117,57 @@ def test_a_looped_clip_is_repeated_whole() -> None:
     assert looped.seconds >= 7.0
     assert looped.text.count("tone number 0") == 4
     assert loop_clip(CLIPS[0], 0.0).text == CLIPS[0].text
+
+
+def test_a_looped_file_written_in_pieces_is_the_looped_clip(tmp_path: Path) -> None:
+    seconds = write_looped_wav(tmp_path / "loop.wav", CLIPS[0], 7.0)
+    looped = loop_clip(CLIPS[0], 7.0)
+    assert seconds == looped.seconds
+    np.testing.assert_array_equal(read_samples(tmp_path / "loop.wav"), looped.samples)
+
+
+@pytest.mark.parametrize("seconds", [1.0, 8.0, 9.0, 30.0, 100.0])
+def test_a_stream_is_cut_between_the_two_clips_nearest_to_its_length(seconds: float) -> None:
+    params = JoinParams(min_seconds=200, seed=5)
+    stream = join_about(CLIPS, params, "s", seconds=seconds)
+    endless = join_clips(CLIPS, params, "j", has_long_speech=False)
+    assert endless.text.startswith(stream.text)
+    np.testing.assert_array_equal(endless.samples[: len(stream.samples)], stream.samples)
+    longest_with_pause = max(clip.seconds for clip in CLIPS) + 1.5
+    assert abs(stream.seconds - seconds) <= longest_with_pause / 2
+    spoken = sum(stream.text.count(clip.text) for clip in CLIPS)
+    assert len([pause for pause in _pauses_ms(stream.samples) if pause > 150]) == spoken - 1
+
+
+def test_a_stream_without_a_length_holds_every_clip_once() -> None:
+    stream = join_about(CLIPS, JoinParams(), "s", seconds=0)
+    assert [stream.text.count(clip.text) for clip in CLIPS] == [1] * len(CLIPS)
+
+
+def test_a_folder_is_played_in_one_language(tmp_path: Path) -> None:
+    clips = [*CLIPS, Clip("d.wav", "de", "ein Ton", with_edges(tone(1), 0.3))]
+    for clip in clips:
+        write_wav(tmp_path / clip.name, clip.samples)
+    entries = [{"file": clip.name, "language": clip.language, "text": clip.text} for clip in clips]
+    (tmp_path / "manifest.json").write_text(json.dumps(entries), encoding="utf-8")
+    english, is_known = load_stream(tmp_path, 20.0, "en")
+    assert is_known
+    assert "Ton" not in english.text
+    assert english.language == "en"
+    assert abs(english.seconds - 20.0) <= 2.0
+    german, _ = load_stream(tmp_path, 0.0, "de")
+    assert (german.language, german.text) == ("de", "ein Ton")
+    with pytest.raises(MediaError, match=r"no recording in 'fr': give one of de, en"):
+        load_stream(tmp_path, 0.0, "fr")
+
+
+def test_a_file_is_played_whole_and_says_whether_its_text_is_known(tmp_path: Path) -> None:
+    write_wav(tmp_path / "a.wav", CLIPS[0].samples)
+    clip, is_known = load_stream(tmp_path / "a.wav", 5.0, "en")
+    assert (clip.seconds, clip.text, is_known) == (loop_clip(CLIPS[0], 5.0).seconds, "  ", False)
+    (tmp_path / "a.txt").write_text("a tone", encoding="utf-8")
+    clip, is_known = load_stream(tmp_path / "a.wav", 0.0, "en")
+    assert (clip.text, is_known) == ("a tone", True)
 
 
 def test_silent_edges_are_cut_off() -> None:

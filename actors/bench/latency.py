@@ -34,22 +34,27 @@ class UtteranceTimes:
 
 @dataclass(frozen=True, slots=True)
 class Percentiles:
-    """By nearest rank: the smallest value that at least p percent of all are not above. None without values."""
+    """By nearest rank: the smallest value that at least p percent of all are not above; and the arithmetic mean.
+
+    All are None without values.
+    """
 
     p50: float | None
     p95: float | None
+    mean: float | None
     num: int
 
     @staticmethod
     def of(values: Iterable[float]) -> Percentiles:
         """Return the percentiles of `values`."""
         ordered = sorted(values)
-        return Percentiles(_nearest_rank(ordered, 50), _nearest_rank(ordered, 95), len(ordered))
+        mean = math.fsum(ordered) / len(ordered) if ordered else None
+        return Percentiles(_nearest_rank(ordered, 50), _nearest_rank(ordered, 95), mean, len(ordered))
 
     def to_json(self) -> dict[str, float | int | None]:
         """Return the values rounded to a tenth of a millisecond."""
-        p50, p95 = (None if value is None else round(value, 1) for value in (self.p50, self.p95))
-        return {"p50": p50, "p95": p95, "num": self.num}
+        p50, p95, mean = (None if value is None else round(value, 1) for value in (self.p50, self.p95, self.mean))
+        return {"p50": p50, "p95": p95, "mean": mean, "num": self.num}
 
 
 @dataclass(slots=True)

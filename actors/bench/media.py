@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import wave
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,8 @@ from pipeline.params import Params
 from pipeline.timebase import SAMPLE_RATE_HZ, ms_to_samples
 
 MANIFEST_NAME = "manifest.json"
+LOOP_PAUSE_MS = 800
+"""Between two turns of a recording that is repeated."""
 
 _WINDOW_SAMPLES = ms_to_samples(10)
 _EDGE_WINDOWS = 2  # kept on both sides of what is louder than silence
@@ -92,11 +94,20 @@ def read_samples(path: Path) -> NDArray[np.int16]:
 
 def write_wav(path: Path, samples: NDArray[np.int16]) -> None:
     """Write int16[n] as a 16 kHz mono WAV file."""
-    with wave.open(str(path), "wb") as out:
-        out.setnchannels(1)
-        out.setsampwidth(2)
-        out.setframerate(SAMPLE_RATE_HZ)
-        out.writeframes(samples.astype("<i2", copy=False).tobytes())
+    with _open_wav(path) as out:
+        _write_samples(out, samples)
+
+
+def _open_wav(path: Path) -> wave.Wave_write:
+    out = wave.open(str(path), "wb")  # noqa: SIM115 - the caller's `with` closes it
+    out.setnchannels(1)
+    out.setsampwidth(2)
+    out.setframerate(SAMPLE_RATE_HZ)
+    return out
+
+
+def _write_samples(out: wave.Wave_write, samples: NDArray[np.int16]) -> None:
+    out.writeframesraw(samples.astype("<i2", copy=False).tobytes())
 
 
 def read_manifest(folder: Path) -> list[ManifestEntry]:
@@ -157,26 +168,61 @@ def join_clips(clips: Sequence[Clip], params: JoinParams, name: str, *, has_long
     Raises:
         ValueError: without clips, or when they are not of one language.
     """
-    if len({clip.language for clip in clips}) != 1:
-        raise ValueError(f"expected clips of one language, got {sorted({clip.language for clip in clips})}")
-    chance = np.random.default_rng(params.seed)
-    runs: list[NDArray[np.int16]] = []
-    texts: list[str] = []
+    pieces = _shuffle(clips, params, has_long_speech=has_long_speech)
+    taken: list[_Piece] = []
     num_samples = 0
     while num_samples < params.min_seconds * SAMPLE_RATE_HZ:
-        for index in chance.permutation(len(clips)):
-            clip = clips[index]
-            is_tight = has_long_speech and len(texts) // params.num_tight_clips % 2 == 1
-            limits = (0, params.max_tight_pause_ms) if is_tight else (params.min_pause_ms, params.max_pause_ms)
-            speech = trim_silence(clip.samples)
-            pause = _room_noise(clip.samples, ms_to_samples(chance.uniform(*limits)), chance)
-            runs += [speech, pause]
-            texts.append(clip.text)
-            num_samples += len(speech) + len(pause)
-    return Clip(name, clips[0].language, " ".join(texts), np.concatenate(runs))
+        for _ in clips:  # every clip is in it equally often
+            taken.append(next(pieces))
+            num_samples += len(taken[-1].samples)
+    return _concatenate(taken, name, clips[0].language)
 
 
-def loop_clip(clip: Clip, min_seconds: float, pause_ms: int = 800) -> Clip:
+def join_about(clips: Sequence[Clip], params: JoinParams, name: str, *, seconds: float) -> Clip:
+    """Return `clips` joined as by `join_clips` with pauses, cut behind the clip whose end is nearest to `seconds`.
+
+    One clip at least; with `seconds` 0 every clip once. `params.min_seconds` is not used.
+
+    Raises:
+        ValueError: without clips, or when they are not of one language.
+    """
+    pieces = _shuffle(clips, params, has_long_speech=False)
+    if not seconds:
+        return _concatenate([next(pieces) for _ in clips], name, clips[0].language)
+    taken: list[_Piece] = []
+    num_missing = round(seconds * SAMPLE_RATE_HZ)
+    while num_missing > 0:
+        piece = next(pieces)
+        if taken and len(piece.samples) - num_missing > num_missing:
+            break  # the stream is nearer to its length without this one
+        taken.append(piece)
+        num_missing -= len(piece.samples)
+    return _concatenate(taken, name, clips[0].language)
+
+
+def load_stream(media: Path, seconds: float, language: str, params: JoinParams | None = None) -> tuple[Clip, bool]:
+    """Return what a stream plays, about `seconds` long, and whether its text is known.
+
+    A file is repeated as a whole until it is long enough, and never cut: its text is that of the whole. Of a folder
+    with a manifest the recordings of `language` are joined, by the seed, and cut between two of them.
+
+    Raises:
+        SourceNotFound: if there is no such file, or no manifest in the folder.
+        MediaError: if the media cannot be used, or none of the folder's is of that language.
+    """
+    if not media.is_dir():
+        reference = find_reference(media)
+        known, text = (language, "") if reference is None else (reference.language, reference.text)
+        clip = Clip(media.name, known, text, read_samples(media))
+        return loop_clip(clip, seconds), reference is not None
+    languages = sorted({entry.language for entry in read_manifest(media)})
+    if language not in languages:
+        raise MediaError(f"{media} lists no recording in {language!r}: give one of {', '.join(languages)}")
+    clips = [clip for clip in load_clips(media) if clip.language == language]
+    return join_about(clips, params or JoinParams(), f"{media.name} ({language})", seconds=seconds), True
+
+
+def loop_clip(clip: Clip, min_seconds: float, pause_ms: int = LOOP_PAUSE_MS) -> Clip:
     """Return `clip` repeated as a whole, with pauses between, until it lasts `min_seconds`; once at least."""
     pause = _room_noise(clip.samples, ms_to_samples(pause_ms), np.random.default_rng(0))
     runs, num_samples = [clip.samples], len(clip.samples)
@@ -185,6 +231,50 @@ def loop_clip(clip: Clip, min_seconds: float, pause_ms: int = 800) -> Clip:
         num_samples += len(pause) + len(clip.samples)
     times = (len(runs) + 1) // 2
     return Clip(clip.name, clip.language, " ".join([clip.text] * times), np.concatenate(runs))
+
+
+def write_looped_wav(path: Path, clip: Clip, min_seconds: float, pause_ms: int = LOOP_PAUSE_MS) -> float:
+    """Write what `loop_clip` returns as a WAV file, piece by piece: one turn is held at a time. Return its seconds."""
+    pause = _room_noise(clip.samples, ms_to_samples(pause_ms), np.random.default_rng(0))
+    with _open_wav(path) as out:
+        _write_samples(out, clip.samples)
+        while out.tell() < min_seconds * SAMPLE_RATE_HZ:
+            _write_samples(out, pause)
+            _write_samples(out, clip.samples)
+        return out.tell() / SAMPLE_RATE_HZ
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """One clip without its silent edges, and the pause behind it."""
+
+    text: str
+    samples: NDArray[np.int16]
+
+
+def _shuffle(clips: Sequence[Clip], params: JoinParams, *, has_long_speech: bool) -> Iterator[_Piece]:
+    """Return an endless iterator: all clips in an order made by seed, then all again in another."""
+    if len({clip.language for clip in clips}) != 1:
+        raise ValueError(f"expected clips of one language, got {sorted({clip.language for clip in clips})}")
+
+    def pieces() -> Iterator[_Piece]:
+        chance = np.random.default_rng(params.seed)
+        num_made = 0
+        while True:
+            for index in chance.permutation(len(clips)):
+                clip = clips[index]
+                is_tight = has_long_speech and num_made // params.num_tight_clips % 2 == 1
+                limits = (0, params.max_tight_pause_ms) if is_tight else (params.min_pause_ms, params.max_pause_ms)
+                pause = _room_noise(clip.samples, ms_to_samples(chance.uniform(*limits)), chance)
+                yield _Piece(clip.text, np.concatenate([trim_silence(clip.samples), pause]))
+                num_made += 1
+
+    return pieces()
+
+
+def _concatenate(pieces: Sequence[_Piece], name: str, language: str) -> Clip:
+    text = " ".join(piece.text for piece in pieces)
+    return Clip(name, language, text, np.concatenate([piece.samples for piece in pieces]))
 
 
 def trim_silence(samples: NDArray[np.int16]) -> NDArray[np.int16]:
