@@ -253,3 +253,7 @@ def bench_live(
     from actors.cli.benches import live  # noqa: PLC0415
 
     live(load(config, sets, runtime).settings, media, num_streams, min_seconds, stagger_ms, is_json=is_json)
+
+
+from actors.cli import bench_decoder as _bench_decoder  # noqa: E402, F401 - registers its command on bench_app
+from actors.cli import bench_peer as _bench_peer  # noqa: E402, F401 - registers its command on bench_app

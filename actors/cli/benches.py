@@ -29,9 +29,9 @@ def accuracy(settings: Settings, media: Path, *, is_given: bool, is_json: bool) 
     from actors.bench.tables import accuracy_table  # noqa: PLC0415
 
     options = AccuracyOptions(media=media, settings=settings, language="given" if is_given else "auto")
-    with _bar() as advance:
+    with show_bar() as advance:
         report = run_accuracy(options, advance)
-    _print(accuracy_table(report), report.to_json(), is_json=is_json)
+    print_report(accuracy_table(report), report.to_json(), is_json=is_json)
 
 
 def live(
@@ -51,11 +51,11 @@ def live(
     )
     with progress("starting the service") as report_progress:
         report = run_live(options, report_progress)
-    _print(live_table(report), report.to_json(), is_json=is_json)
+    print_report(live_table(report), report.to_json(), is_json=is_json)
 
 
 @contextlib.contextmanager
-def _bar() -> Iterator[Callable[[str, int, int], None]]:
+def show_bar() -> Iterator[Callable[[str, int, int], None]]:
     """Yield what takes note of progress; shown where stderr is a terminal."""
     if not sys.stderr.isatty():
         yield lambda _what, _num_done, _num_all: None
@@ -70,7 +70,8 @@ def _bar() -> Iterator[Callable[[str, int, int], None]]:
         yield advance
 
 
-def _print(table: RenderableType, values: dict[str, Any], *, is_json: bool) -> None:
+def print_report(table: RenderableType, values: dict[str, Any], *, is_json: bool) -> None:
+    """Print `table`, and `values` as one line of JSON behind it if asked for."""
     console = Console(file=sys.stdout)
     console.print(table)
     if is_json:
