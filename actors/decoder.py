@@ -68,6 +68,7 @@ class _Submit:
     request: DecodeRequest
     embeddings: Embeddings
     reply: _Reply
+    deadline_ms: float | None  # on this process's monotonic clock
 
 
 @dataclass(slots=True)
@@ -116,13 +117,14 @@ class Decoder:
         """Yield the outcomes of `requests` as they are ready, one for each task.
 
         `encoded` holds the embeddings of each request at the same place; a failure there is passed on. What is still
-        undecided when the caller goes away is cancelled.
+        undecided when the caller goes away is cancelled. Deadlines count from this call on.
 
         Raises:
             ValueError: if `encoded` and `requests` do not belong together.
         """
         if [item.key for item in encoded] != [request.key for request in requests]:
             raise ValueError(f"{len(encoded)} embeddings do not belong to {len(requests)} requests")
+        arrived_ms = _now_ms()
         num_outcomes = sum(len(request.tasks) + 1 for request in requests)
         reply = _Reply(asyncio.get_running_loop(), asyncio.Queue(maxsize=2 * num_outcomes + 1))
         failures = [item for item in encoded if isinstance(item, Failure)]
@@ -137,7 +139,9 @@ class Decoder:
                 await self._room.acquire()
                 num_admitted += 1
                 reply.open_tasks[request.key] = set(request.tasks)
-                self._submit(_Submit(request, embeddings, reply))
+                in_ms = request.deadline_in_ms
+                deadline_ms = None if in_ms is None else arrived_ms + in_ms
+                self._submit(_Submit(request, embeddings, reply, deadline_ms))
             while reply.open_tasks:
                 outcome = await reply.outcomes.get()
                 if reply.take_note(outcome):
@@ -216,7 +220,7 @@ class Decoder:
                     return
                 _obey(engine, undecided, command)
             self._stepping_since = time.monotonic()
-            for outcome in engine.step():
+            for outcome in engine.step(_now_ms()):
                 _settle(undecided, outcome)
             self._stepping_since = None
 
@@ -232,6 +236,10 @@ class Decoder:
                 _post(command.reply, Failure(command.request.key, None, FailureKind.UNAVAILABLE, reason))
 
 
+def _now_ms() -> float:
+    return time.monotonic() * 1_000
+
+
 def _obey(engine: DecodeEngine, undecided: dict[SnapshotKey, _Undecided], command: _Submit | _Cancel) -> None:
     if isinstance(command, _Cancel):
         entry = undecided.get(command.key)
@@ -245,7 +253,7 @@ def _obey(engine: DecodeEngine, undecided: dict[SnapshotKey, _Undecided], comman
         engine.cancel(key)
         _settle(undecided, Failure(key, None, FailureKind.UNAVAILABLE, "the snapshot was sent again"))
     try:
-        engine.submit(command.request, command.embeddings)
+        engine.submit(command.request, command.embeddings, deadline_ms=command.deadline_ms)
     except Exception as exc:
         logger.exception("the engine refused a request")
         _post(command.reply, Failure(key, None, FailureKind.FAILED, f"refused by the decoder: {type(exc).__name__}"))

@@ -140,7 +140,11 @@ class Embeddings:
 
 @dataclass(frozen=True, slots=True)
 class DecodeRequest:
-    """What the decoder needs of a snapshot besides its embeddings (no samples)."""
+    """What the decoder needs of a snapshot besides its embeddings (no samples).
+
+    `deadline_in_ms` counts from the moment the decoder gets it, as clocks of processes differ. A partial whose deadline
+    has passed fails as EXPIRED; finals are only ordered by theirs.
+    """
 
     key: SnapshotKey
     is_final: bool
@@ -148,9 +152,10 @@ class DecodeRequest:
     languages: tuple[str, ...]
     draft: tuple[int, ...]
     tasks: tuple[Task, ...]
+    deadline_in_ms: float | None = None
 
     @classmethod
-    def of(cls, snapshot: Snapshot) -> Self:
+    def of(cls, snapshot: Snapshot, deadline_in_ms: float | None = None) -> Self:
         """Return what the decoder needs to know of `snapshot`."""
         return cls(
             key=snapshot.key,
@@ -159,6 +164,7 @@ class DecodeRequest:
             languages=snapshot.languages,
             draft=snapshot.draft,
             tasks=snapshot.tasks,
+            deadline_in_ms=deadline_in_ms,
         )
 
 
@@ -197,6 +203,7 @@ class FailureKind(StrEnum):
     """Why there is no hypothesis."""
 
     SUPERSEDED = "superseded"  # a newer snapshot of the same utterance overtook this partial
+    EXPIRED = "expired"  # the deadline of this partial passed: its answer would be stale
     FAILED = "failed"  # this snapshot cannot be served; trying again will not help
     UNAVAILABLE = "unavailable"  # the stage died under it; it may be submitted again
 

@@ -13,6 +13,7 @@ from pipeline.audio.encoder_window import EncoderParams
 from pipeline.audio.utterances_to_embeddings import UtterancesToEmbeddings
 from pipeline.decode.embeddings_to_hypotheses import DecodeEngine, DecoderParams, DecoderParts
 from pipeline.decode.guards import GuardParams
+from pipeline.decode.scheduler import SchedulerParams
 from pipeline.items import TRANSCRIBE, DecodeRequest, Embeddings, Hypothesis, Outcome, Snapshot, SnapshotKey, Task
 from pipeline.models.weights import ModelParams
 from pipeline.models.whisper.runner import load_parts
@@ -36,8 +37,8 @@ def base_encoder() -> UtterancesToEmbeddings:
 
 @functools.cache
 def base_parts() -> DecoderParts:
-    """The decoder of whisper-base with eight slots; engines that share it must run one after the other."""
-    return load_parts(ModelParams(), 8)
+    """The decoder of whisper-base with the default slots; engines that share it must run one after the other."""
+    return load_parts(ModelParams(), SchedulerParams().num_slots)
 
 
 def base_engine(params: DecoderParams | None = None) -> DecodeEngine:

@@ -41,6 +41,7 @@ _MAX_LANGUAGE_GUESSES = 4_096
 _MAX_PROMPT_TOKENS = 8
 _MESSAGES = {
     EndReason.SUPERSEDED: (FailureKind.SUPERSEDED, "a newer snapshot of the utterance arrived"),
+    EndReason.EXPIRED: (FailureKind.EXPIRED, "the deadline of the partial passed before it was decoded"),
     EndReason.REFUSED: (FailureKind.UNAVAILABLE, "the decoder's queue is full; submit the snapshot again later"),
 }
 
@@ -161,11 +162,13 @@ class DecodeEngine:
         """Whether `step` has anything to do or to report."""
         return bool(self._outcomes) or self._scheduler.has_work
 
-    def submit(self, request: DecodeRequest, embeddings: Embeddings) -> None:
+    def submit(self, request: DecodeRequest, embeddings: Embeddings, *, deadline_ms: float | None = None) -> None:
         """Queue `request`; whatever is wrong with it is reported as an outcome by `step`.
 
+        `deadline_ms` is the request's on the clock of `step`'s `now_ms`; its own, relative one is not looked at.
+
         Raises:
-            ValueError: if its key is in work already, or it has no task.
+            ValueError: if its key is in work already, it has no task, or the deadline is not a number.
         """
         if request.key in self._active:
             raise ValueError(f"snapshot {request.key} is in work already")
@@ -176,7 +179,6 @@ class DecodeEngine:
         except ValueError as exc:
             self._outcomes.append(Failure(request.key, None, FailureKind.FAILED, str(exc)))
             return
-        self._active[request.key] = active
         key = request.key
         work = Work(
             id=key,
@@ -185,8 +187,11 @@ class DecodeEngine:
             num_context_tokens=math.ceil(len(embeddings.values) / self._runner.context_positions_per_token),
             lineage=(key.stream_id, key.utterance),
             revision=key.revision,
+            deadline_ms=deadline_ms,
         )
-        for ended in self._scheduler.submit(work):
+        given_up = self._scheduler.submit(work)
+        self._active[key] = active
+        for ended in given_up:
             self._give_up(ended)
 
     def cancel(self, key: SnapshotKey) -> None:
@@ -196,9 +201,14 @@ class DecodeEngine:
             self._close(self._active.pop(key))
         self._outcomes = [outcome for outcome in self._outcomes if outcome.key != key]
 
-    def step(self) -> list[Outcome]:
-        """Run one forward pass and return the outcomes that are ready."""
-        plan = self._scheduler.schedule()
+    def step(self, now_ms: float = 0.0) -> list[Outcome]:
+        """Run one forward pass and return the outcomes that are ready.
+
+        `now_ms` is the time on the clock of the deadlines; without it none ever passes.
+        """
+        plan = self._scheduler.schedule(now_ms)
+        for ended in plan.ended:
+            self._give_up(ended)
         for key in plan.preempted:
             self._close(self._active[key])
             self._active[key].sequence.restart()

@@ -1,6 +1,7 @@
 """Which work runs in the decoder's next step: schedule, run, account.
 
-Plain Python, no torch, no clock: time is counted in steps. A piece of work is one snapshot (or, later, one summary or
+Plain Python, no torch, no clock: age is counted in steps, and deadlines are compared with the time that the caller
+gives. A piece of work is one snapshot (or, later, one summary or
 scene) that holds one slot of key/value memory from its admission to its end. What it feeds is told in numbers of
 tokens: the prompt and draft at first, usually one token a step afterwards; which they are is the caller's affair.
 
@@ -9,6 +10,7 @@ The verbs and their order follow nano-vllm and vLLM v1 (`schedule`, `execute_mod
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from enum import IntEnum, StrEnum
@@ -34,11 +36,14 @@ class Priority(IntEnum):
 class SchedulerParams(Params):
     """Bounds of the decoder's queue and of one step."""
 
-    num_slots: int = Field(default=8, ge=1, le=512, description="snapshots decoded at once, each in its own KV slot")
+    num_slots: int = Field(default=16, ge=1, le=512, description="snapshots decoded at once, each in its own KV slot")
     tokens_per_step: int = Field(default=512, ge=8, le=65_536, description="tokens of one forward pass, at most")
     max_waiting: int = Field(default=256, ge=1, le=65_536, description="snapshots that may wait for a slot")
     ageing_steps: int = Field(
         default=64, ge=1, le=100_000, description="steps without service that raise a priority by one, never to final"
+    )
+    max_overrun_ms: int = Field(
+        default=1_000, ge=0, le=600_000, description="how long a partial that runs may go on past its deadline"
     )
 
 
@@ -48,6 +53,7 @@ class EndReason(StrEnum):
     FINISHED = "finished"
     FAILED = "failed"
     SUPERSEDED = "superseded"  # a newer revision of the same lineage arrived
+    EXPIRED = "expired"  # the deadline of a partial passed
     CANCELLED = "cancelled"
     REFUSED = "refused"  # the waiting queue was full
 
@@ -58,7 +64,8 @@ class Work(Generic[IdT]):
 
     `num_tokens` are to be fed first (prompt and draft). `num_context_tokens` is what its context costs, in tokens'
     worth of arithmetic; it is spent with the first piece and cannot be split. Work of one `lineage` (an utterance) is
-    ordered by `revision`: a newer one supersedes older partials.
+    ordered by `revision`: a newer one supersedes older partials. `deadline_ms` is on the clock of
+    `schedule`'s `now_ms`: a partial is worth nothing after it, other work is only ordered by it.
     """
 
     id: IdT
@@ -67,6 +74,7 @@ class Work(Generic[IdT]):
     num_context_tokens: int = 0
     lineage: Hashable | None = None
     revision: int = 0
+    deadline_ms: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,8 +98,12 @@ class Ended(Generic[IdT]):
 
 @dataclass(frozen=True, slots=True)
 class Step(Generic[IdT]):
-    """One step: first close the slots of what was `preempted` (it starts again later), then run the `pieces`."""
+    """One step: first close the slots of what `ended` and of what was `preempted`, then run the `pieces`.
 
+    What was preempted starts again later.
+    """
+
+    ended: tuple[Ended[IdT], ...]
     preempted: tuple[IdT, ...]
     pieces: tuple[Piece[IdT], ...]
 
@@ -109,11 +121,14 @@ class Progress:
 
 
 class _Entry(Generic[IdT]):
-    """Work in the scheduler. `slot` None: it waits."""
+    """Work in the scheduler. `slot` None: it waits. A slot without context has run nothing yet."""
 
     __slots__ = (
         "arrival",
+        "deadline_ms",
+        "expires_ms",
         "has_context",
+        "num_preempted",
         "num_resume_tokens",
         "num_tokens",
         "priority",
@@ -126,9 +141,12 @@ class _Entry(Generic[IdT]):
         self.work = work
         self.arrival = arrival
         self.priority = work.priority
+        self.deadline_ms = math.inf if work.deadline_ms is None else work.deadline_ms
+        self.expires_ms = self.deadline_ms if work.priority is Priority.PARTIAL else math.inf
         self.num_tokens = work.num_tokens
         self.num_resume_tokens = work.num_tokens
         self.served_step = step
+        self.num_preempted = 0
         self.slot: int | None = None
         self.has_context = False
 
@@ -137,11 +155,16 @@ class Scheduler(Generic[IdT]):
     """Admits work to slots and packs steps. Not thread-safe; one owner calls `schedule` and `account` in turn.
 
     Rules:
-      - Order: priority, then arrival. Every `ageing_steps` steps without service raise work by one class, up to that of
-        partials, never to that of finals.
-      - A final that finds no free slot takes that of the lowest work below final, which starts again later.
+      - Order: finals, then the rest by class; in a class the earliest deadline, then arrival.
+      - Every `ageing_steps` steps without service, and every loss of its slot, raise work by one class, without end but
+        never to that of finals. So of two that wait, the one that has waited long enough longer goes first, whatever
+        their classes and deadlines: however many keep coming, only finals can hold it up.
+      - A final that finds no free slot takes that of the last work below final, which starts again later.
       - Work that a full queue cannot take is refused: the newcomer, or, for a final, the last waiting below final.
       - Partials that a newer revision of their lineage has overtaken end at once, wherever they are.
+      - A partial that has run nothing, or waits again, ends when its deadline has passed: its answer would be stale.
+        One that runs has been paid for, is mostly a few tokens from its end, and is the next draft: it ends only
+        `max_overrun_ms` later, so that a long one cannot keep its slot from fresh ones. Other work never expires.
     """
 
     def __init__(self, params: SchedulerParams) -> None:
@@ -156,7 +179,7 @@ class Scheduler(Generic[IdT]):
     @property
     def num_waiting(self) -> int:
         """Work without a slot."""
-        return sum(entry.slot is None for entry in self._entries.values())
+        return len(self._entries) - self.num_running
 
     @property
     def num_running(self) -> int:
@@ -172,12 +195,14 @@ class Scheduler(Generic[IdT]):
         """Queue `work` and return what ended by that: what gave way to it, or itself if it was overtaken or refused.
 
         Raises:
-            ValueError: if its id is already queued or it has no token to feed.
+            ValueError: if its id is already queued, it has no token to feed, or its deadline is not a number.
         """
         if work.id in self._entries:
             raise ValueError(f"work {work.id!r} is already queued")
         if work.num_tokens < 1 or work.num_context_tokens < 0:
             raise ValueError(f"work {work.id!r} must feed at least one token, got {work.num_tokens}")
+        if work.deadline_ms is not None and math.isnan(work.deadline_ms):
+            raise ValueError(f"work {work.id!r} has a deadline of {work.deadline_ms} ms, expected a number or None")
         self._check_between_steps()
         ended = self._supersede(work) or self._refuse(work)
         if any(end.id == work.id for end in ended):
@@ -195,14 +220,18 @@ class Scheduler(Generic[IdT]):
         entry = self._entries.get(work_id)
         return None if entry is None else self._end(entry, EndReason.CANCELLED)
 
-    def schedule(self) -> Step[IdT]:
-        """Return the next step. Its pieces must be accounted for before the next call."""
+    def schedule(self, now_ms: float = 0.0) -> Step[IdT]:
+        """Return the next step at `now_ms`, on the clock of the deadlines; without it none ever passes.
+
+        Its pieces must be accounted for before the next call.
+        """
         self._check_between_steps()
         self._num_steps += 1
+        ended = self._expire(now_ms)
         preempted = self._admit()
         pieces = self._pack()
         self._in_step = {piece.id: piece for piece in pieces}
-        return Step(preempted, pieces)
+        return Step(ended, preempted, pieces)
 
     def account(self, reports: Mapping[IdT, Progress | EndReason]) -> None:
         """Take what became of every piece of the last step: how it goes on, or how it ended.
@@ -248,28 +277,44 @@ class Scheduler(Generic[IdT]):
                 return (self._end(last, EndReason.REFUSED),)
         return (Ended(work.id, EndReason.REFUSED, None),)
 
-    def _order(self, entry: _Entry[IdT]) -> tuple[int, int]:
-        if entry.priority is Priority.FINAL:
-            return (Priority.FINAL, entry.arrival)
-        raised = (self._num_steps - entry.served_step) // self._params.ageing_steps
-        return (max(Priority.PARTIAL, entry.priority - raised), entry.arrival)
+    def _order(self, entry: _Entry[IdT]) -> tuple[bool, int, float, int]:
+        raised = (self._num_steps - entry.served_step) // self._params.ageing_steps + entry.num_preempted
+        priority = entry.priority
+        return (priority is not Priority.FINAL, priority - raised, entry.deadline_ms, entry.arrival)
+
+    def _expire(self, now_ms: float) -> tuple[Ended[IdT], ...]:
+        overrun_ms = self._params.max_overrun_ms
+        late = [entry for entry in self._entries.values() if now_ms > entry.expires_ms]
+        return tuple(
+            self._end(entry, EndReason.EXPIRED)
+            for entry in late
+            if not entry.has_context or now_ms > entry.expires_ms + overrun_ms
+        )
 
     def _admit(self) -> tuple[IdT, ...]:
         preempted = []
-        for entry in sorted((e for e in self._entries.values() if e.slot is None), key=self._order):
+        # Without a free slot only a final can get one: no need to order the others.
+        has_free_slots = bool(self._free_slots)
+        waiting = [
+            entry
+            for entry in self._entries.values()
+            if entry.slot is None and (has_free_slots or entry.priority is Priority.FINAL)
+        ]
+        for entry in sorted(waiting, key=self._order):
             if not self._free_slots:
                 victim = self._victim() if entry.priority is Priority.FINAL else None
                 if victim is None:
                     break
                 self._release(victim)
                 victim.num_tokens = victim.num_resume_tokens
+                victim.num_preempted += 1
                 preempted.append(victim.work.id)
             entry.slot = self._free_slots.pop()
         return tuple(preempted)
 
     def _victim(self) -> _Entry[IdT] | None:
         below = [e for e in self._entries.values() if e.slot is not None and e.priority is not Priority.FINAL]
-        return max(below, key=lambda entry: (entry.priority, entry.arrival), default=None)
+        return max(below, key=self._order, default=None)
 
     def _pack(self) -> tuple[Piece[IdT], ...]:
         left = self._params.tokens_per_step
