@@ -1,13 +1,15 @@
 """Slotted key/value memory with a hard bound.
 
 Everything is allocated once: a slot has room for `max_tokens` text tokens and `max_context_positions` positions of
-context, and nothing is ever copied or grown while decoding. The system commits a page of a slot only when it is first
-written, so slots that short utterances use cost what those need. A slot is not an identity: whoever opens it gets a
-`Lease`, which ends when the slot is closed.
+context, and nothing is ever copied or grown while decoding. On a CPU the system commits a page of a slot only when it
+is first written: a slot that was never used costs nothing, one of short utterances less than one of long ones. A slot
+is not an identity: whoever opens it gets a `Lease`, which ends when the slot is closed.
 """
 
 from __future__ import annotations
 
+import math
+import mmap
 from dataclasses import dataclass
 
 import torch
@@ -42,14 +44,12 @@ class KvMemory:
         text = (*leading, shape.max_tokens, shape.head_width)
         context = (*leading, shape.max_context_positions, shape.head_width)
         # Zeros, not whatever was there: masked places are multiplied by zero, and zero times infinity is not zero.
-        self.keys = torch.zeros(text, device=device)
-        self.values = torch.zeros(text, device=device)
+        self.keys = _zeros(text, device)
+        self.values = _zeros(text, device)
         # Transposed: the product of a few queries with it is a third faster so.
-        self.context_keys = torch.zeros((*leading, shape.head_width, shape.max_context_positions), device=device)
-        self.context_values = torch.zeros(context, device=device)
-        self.queries = torch.zeros(
-            (shape.num_kept_queries, shape.num_slots, shape.max_tokens, shape.head_width), device=device
-        )
+        self.context_keys = _zeros((*leading, shape.head_width, shape.max_context_positions), device)
+        self.context_values = _zeros(context, device)
+        self.queries = _zeros((shape.num_kept_queries, shape.num_slots, shape.max_tokens, shape.head_width), device)
         self._generations = [0] * shape.num_slots
         self._is_open = [False] * shape.num_slots
 
@@ -94,3 +94,13 @@ class KvMemory:
         """
         if not self._is_open[lease.slot] or self._generations[lease.slot] != lease.generation:
             raise RuntimeError(f"the lease of slot {lease.slot}, generation {lease.generation}, has ended")
+
+
+def _zeros(shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """Return zeros, float32 of `shape`; on a CPU in pages that are committed when they are first written."""
+    if device.type != "cpu" or not math.prod(shape):
+        return torch.zeros(shape, device=device)
+    # torch.zeros writes its zeros; pages straight from the system are zero without that.
+    num_bytes = math.prod(shape) * torch.float32.itemsize
+    pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=torch.float32).view(shape)
