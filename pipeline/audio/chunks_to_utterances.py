@@ -204,8 +204,8 @@ class ChunksToUtterances:
         """
         sound = self._accept(chunk)
         sound.append(chunk)
-        while (self._next_window + 1) * self._window_samples <= sound.end_sample:
-            self._step(sound)
+        while (end_window := sound.end_sample // self._window_samples) > self._next_window:
+            self._judge(sound, end_window)
         history = self._limits.cut_search + self._warm_up_windows + 1
         sound.drop_before((self._next_window - history) * self._window_samples)
         events, self._events = self._events, []
@@ -246,21 +246,27 @@ class ChunksToUtterances:
         self._next_index = chunk.index + 1
         return self._sound
 
-    def _step(self, sound: _RecentSound) -> None:
-        """Judge the next window."""
+    def _judge(self, sound: _RecentSound, end_window: int) -> None:
+        """Judge the windows up to `end_window`, or up to the first one that makes the detector start anew.
+
+        The detector hears all of them at once, because a call costs more than a window; one that is thrown away may
+        have heard more than counts.
+        """
         if self._detector is None:
             self._detector = self._warmed_detector(sound)
-        is_speech, energy = self._detector.hear(self._window(sound, self._next_window))
-        self._next_window += 1
-        match self._endpointer.step(is_speech, energy):
-            case Open(start, onset):
-                self._events.append(self._opened_at(start, onset))
-            case Close() as close:
-                self._events.append(self._closed_at(close))
-                self._resume_at(Checkpoint.behind(close.end * self._window_samples, close.reason))
-            case None if self._is_renewal_due():
-                here = self._next_window * self._window_samples
-                self._resume_at(Checkpoint(here, self._checkpoint.previous_end_sample))
+        for is_speech, energy in self._detector.hear(self._windows(sound, self._next_window, end_window)):
+            self._next_window += 1
+            match self._endpointer.step(is_speech, energy):
+                case Open(start, onset):
+                    self._events.append(self._opened_at(start, onset))
+                case Close() as close:
+                    self._events.append(self._closed_at(close))
+                    self._resume_at(Checkpoint.behind(close.end * self._window_samples, close.reason))
+                    return
+                case None if self._is_renewal_due():
+                    here = self._next_window * self._window_samples
+                    self._resume_at(Checkpoint(here, self._checkpoint.previous_end_sample))
+                    return
 
     def _is_renewal_due(self) -> bool:
         """Return whether nobody speaks and the grid of `renew_ms` has been passed since the last new detector."""
@@ -280,12 +286,13 @@ class ChunksToUtterances:
     def _warmed_detector(self, sound: _RecentSound) -> SpeechDetector:
         detector = SpeechDetector(self._params.mode, self._params.high_pass_hz)
         first = max(self._next_window - self._warm_up_windows, -(-sound.start_sample // self._window_samples))
-        for window in range(first, self._next_window):
-            detector.hear(self._window(sound, window))
+        detector.hear(self._windows(sound, first, self._next_window))
         return detector
 
-    def _window(self, sound: _RecentSound, window: int) -> NDArray[np.int16]:
-        return sound.cut(window * self._window_samples, self._window_samples)
+    def _windows(self, sound: _RecentSound, first: int, end: int) -> NDArray[np.int16]:
+        """Return windows `first` to `end`, int16[end - first, window_samples]."""
+        samples = sound.cut(first * self._window_samples, (end - first) * self._window_samples)
+        return samples.reshape(end - first, self._window_samples)
 
     def _opened_at(self, start: int, onset: int) -> UtteranceOpened:
         return UtteranceOpened(self._channel, start * self._window_samples, onset * self._window_samples)
