@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import itertools
 from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
@@ -36,6 +37,7 @@ from pipeline.items import (
 )
 from pipeline.local import LocalModels, serve_snapshots
 from pipeline.models.weights import ModelParams
+from pipeline.stream_params import SnapshotParams
 from tests.tiny_whisper import save_tiny
 
 ENGLISH = Task(TaskKind.TRANSLATE, "en")
@@ -115,6 +117,29 @@ async def test_a_partial_that_still_waits_is_superseded_by_the_next(model: Model
     assert metrics.registry.get_sample_value("surtitle_superseded_total") == len(overtaken)
 
 
+async def test_the_cadence_stretches_while_the_stages_have_no_rest_and_is_a_metric(
+    model: ModelParams, metrics: Metrics
+) -> None:
+    async with open_stages(model, metrics) as stages:
+        assert stages.cadence_ms == SnapshotParams().min_cadence_ms
+
+        async def talk(utterance: int) -> None:
+            for revision in itertools.count(1):
+                if stages.cadence_ms > 640:
+                    return
+                await outcomes_of(stages, snapshot(utterance, revision, is_final=False, num_samples=240_000))
+
+        async with asyncio.timeout(60):
+            await asyncio.gather(*(talk(utterance) for utterance in range(1, 9)))
+        target_ms = metrics.registry.get_sample_value("surtitle_partial_cadence_target_ms")
+        shares = [
+            metrics.registry.get_sample_value("surtitle_stage_utilisation", {"stage": stage})
+            for stage in ("encoder", "decoder")
+        ]
+    assert target_ms == stages.cadence_ms
+    assert all(share is not None and 0 < share <= 1 for share in shares)
+
+
 async def test_a_consumer_that_goes_away_leaves_nothing_behind(model: ModelParams, metrics: Metrics) -> None:
     async with open_stages(model, metrics) as stages:
         async with aclosing(stages.submit(snapshot(1))) as outcomes:
@@ -149,13 +174,13 @@ def crashes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     steps_left: list[int] = []
     step = DecodeEngine.step
 
-    def step_or_crash(engine: DecodeEngine) -> list[Outcome]:
+    def step_or_crash(engine: DecodeEngine, now_ms: float) -> list[Outcome]:
         if steps_left:
             steps_left[0] -= 1
             if steps_left[0] < 0:
                 steps_left.pop(0)
                 raise MemoryError("as a real engine would")
-        return step(engine)
+        return step(engine, now_ms)
 
     monkeypatch.setattr(DecodeEngine, "step", step_or_crash)
     yield steps_left
