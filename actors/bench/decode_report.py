@@ -187,7 +187,7 @@ class DecoderReport:
             f"live series, {series.num_snapshots} snapshots: {series.passes_with_drafts} passes with drafts, "
             f"{series.passes_without_drafts} without, {fewer:.2f} times fewer; "
             f"{series.steps_with_drafts} and {series.steps_without_drafts} steps of the engine",
-            f"{self.num_guarded} texts were cut by a guard and are compared up to the cut",
+            f"texts that a guard has cut, compared up to the cut: {self.num_guarded}",
         ]
         if self.reduced is not None:
             lines.append(
