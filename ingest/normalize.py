@@ -48,6 +48,8 @@ class Normalizer:
         self._params = params
         self._resampler: AudioResampler | None = None
         self._form: tuple[int, str, str] | None = None
+        self._packer: AudioResampler | None = None
+        self._packer_form: tuple[int, str, str] | None = None
         self._num_channels: int | None = None
         self._num_values = 0
         self._num_nonfinite = 0
@@ -127,14 +129,18 @@ class Normalizer:
         clean.sample_rate = frame.sample_rate
         return clean
 
-    @staticmethod
-    def _packed(frame: av.AudioFrame) -> av.AudioFrame:
+    def _packed(self, frame: av.AudioFrame) -> av.AudioFrame:
         """Return float sound with its channels interleaved; values, NaN among them, stay what they are.
 
         PyAV 18.1 reads past the planes of a frame that has 8 of them, so planes are never touched here.
         """
-        packer = AudioResampler(format=frame.format.packed, layout=frame.layout, rate=frame.sample_rate)
-        (packed,) = packer.resample(frame)
+        form = (frame.sample_rate, frame.layout.name, frame.format.name)
+        if self._packer is None or form != self._packer_form:
+            # made once for each form: FFmpeg sets up a graph of filters for it, which costs more than a frame's sound
+            self._packer = AudioResampler(format=frame.format.packed, layout=frame.layout, rate=frame.sample_rate)
+            self._packer_form = form
+        frame.pts = None  # the graph would act on a jump
+        (packed,) = self._packer.resample(frame)
         return packed
 
     def _judge_nonfinite(self) -> None:

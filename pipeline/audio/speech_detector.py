@@ -60,13 +60,15 @@ class SpeechDetector:
             return []
         filtered = windows if self._spectrum is None else self._filter(windows.reshape(-1), self._spectrum)
         data, num_bytes = filtered.tobytes(), windows[0].nbytes
-        has_sound = windows.any(axis=1).tolist()
+        has_sound = np.any(windows, axis=1)
         as_float = filtered.reshape(windows.shape).astype(np.float64)  # squares of int16 add up exactly
-        energies = np.einsum("ij,ij->i", as_float, as_float).tolist()
-        return [
-            (self._vad.is_speech(data[index * num_bytes : (index + 1) * num_bytes], SAMPLE_RATE_HZ) and heard, energy)
-            for index, (heard, energy) in enumerate(zip(has_sound, energies, strict=True))
-        ]
+        energies = np.einsum("ij,ij->i", as_float, as_float)
+        judged: list[tuple[bool, float]] = []
+        for index in range(len(windows)):
+            window = data[index * num_bytes : (index + 1) * num_bytes]
+            is_speech = self._vad.is_speech(window, SAMPLE_RATE_HZ)
+            judged.append((is_speech and bool(has_sound[index]), float(energies[index])))
+        return judged
 
     def _filter(self, sound: NDArray[np.int16], spectrum: NDArray[np.complex128]) -> NDArray[np.int16]:
         """Return int16[n] filtered, exactly: the floor of each sum of products, whatever the machine.
