@@ -347,6 +347,19 @@ async def test_a_peer_that_ends_at_its_start_is_told_with_its_last_lines(port: i
             pass
 
 
+async def test_a_peer_does_not_get_the_settings_of_surtitles_threads(
+    port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    show = (
+        "import os, sys; sys.exit(' '.join(f'{k}={v}' for k, v in sorted(os.environ.items()) if k.startswith('OMP')))"
+    )
+    with pytest.raises(ServiceError, match=r"its last lines: OMP_NUM_THREADS=3$"):
+        async with open_peer([sys.executable, "-c", show], url_of(port), 60):
+            pass
+
+
 async def test_a_peer_that_never_listens_is_given_up_and_ended(port: int) -> None:
     words = [sys.executable, "-c", "import signal; print('thinking', flush=True); signal.pause()"]
     with pytest.raises(ServiceError, match=r"does not accept connections on 127\.0\.0\.1:\d+ after 1 s"):

@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 import psutil
 
+from actors.threads import COMPUTE_ENVIRONMENT
 from pipeline.errors import ConfigError, ServiceError
 
 _MAX_LINES_KEPT = 12
@@ -102,7 +103,8 @@ def find_address(url: str) -> tuple[str, int]:
 async def open_peer(command: list[str], url: str, start_timeout_s: float) -> AsyncIterator[PeerProcess]:
     """Start `command`, wait until the address of `url` accepts connections, and end it with all its children.
 
-    The command gets a session of its own, so that Ctrl-C is not for it and its whole group can be ended.
+    The command gets a session of its own, so that Ctrl-C is not for it and its whole group can be ended. What surtitle
+    says to its own threads (`COMPUTE_ENVIRONMENT`) is not in its environment.
 
     Raises:
         ConfigError: if `url` is not the address of a WebSocket.
@@ -111,9 +113,10 @@ async def open_peer(command: list[str], url: str, start_timeout_s: float) -> Asy
     host, port = find_address(url)
     if await _accepts(host, port):
         raise ServiceError(f"something listens on {host}:{port} already: end it, or it would be measured instead")
+    environment = {name: value for name, value in os.environ.items() if name not in COMPUTE_ENVIRONMENT}
     try:
         process = await asyncio.create_subprocess_exec(
-            *command, stdin=DEVNULL, stdout=PIPE, stderr=STDOUT, start_new_session=True
+            *command, stdin=DEVNULL, stdout=PIPE, stderr=STDOUT, start_new_session=True, env=environment
         )
     except OSError as exc:
         raise ServiceError(f"cannot start {command[0]}: {exc.strerror or exc}") from exc
