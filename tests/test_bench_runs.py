@@ -89,7 +89,7 @@ async def test_live_plays_streams_through_the_service_and_loses_nothing(folder: 
     assert figures["cpu_s_per_audio_s"] > 0
     for name in ("first_word_ms", "emission_lag_ms", "commit_lag_ms", "finalisation_ms"):
         assert 0 < figures[name]["p50"] <= figures[name]["p95"] < 60_000, name
-    assert set(figures["cadence_ms"]) == {"p50", "p95", "num"}
+    assert set(figures["cadence_ms"]) == {"p50", "p95", "mean", "num"}
     assert "finalisation" in shown(report)
 
 

@@ -7,35 +7,30 @@ that is thrown away afterwards unless `redis.url` names one. What the figures me
 from __future__ import annotations
 
 import asyncio
-import json
 import os
-import secrets
 import tempfile
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import redis.asyncio as redis
 from numpy.typing import NDArray
 
-from actors.bench.latency import Latencies, Percentiles, Received, UtteranceTimes, find_error_records, measure
-from actors.bench.media import Clip, find_reference, loop_clip, read_samples, write_wav
-from actors.bench.processes import ProcessUsage, watch_processes
-from actors.bench.wer import WordErrors, count_errors
-from actors.follow import follow
+from actors.bench.latency import Latencies, Percentiles, UtteranceTimes
+from actors.bench.media import load_stream, write_wav
+from actors.bench.processes import ProcessUsage, measure_memory, watch_processes
+from actors.bench.rounds import LATE, Patience, Played, Rounds, StreamResult
+from actors.bench.wer import WordErrors
 from actors.service import GatewayClient, open_runtime
 from actors.settings import Settings
 from actors.spec import StreamSpec
-from actors.store import KeyKind, Store, StreamKeys
+from actors.store import Store
 from pipeline.audio.chunks_to_utterances import ChunksToUtterances, VadParams
 from pipeline.audio.samples_to_chunks import SamplesToChunks
-from pipeline.errors import ServiceError
+from pipeline.errors import MediaError, ServiceError
 from pipeline.items import UtteranceClosed, UtteranceOpened
-from pipeline.records import FinalRecord, HealthRecord
 from pipeline.timebase import SAMPLE_RATE_HZ, samples_to_ms
 
 if TYPE_CHECKING:
@@ -43,39 +38,29 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str], None]
 
-_FOLLOWED = frozenset({KeyKind.PARTIALS, KeyKind.TRANSCRIPTS, KeyKind.HEALTH})
 _WARM_UP_S = 6.0
-_MAX_DELAY_S = 60.0
-"""A stream that is not over so long after its sound has ended is given up."""
 
 
 @dataclass(frozen=True, slots=True)
 class LiveOptions:
-    """What to play. Shorter media are looped as a whole until `min_seconds`; stream i starts `stagger_ms` * i late."""
+    """What to play: `actors.bench.media.load_stream` says what `media`, `seconds` and `language` mean.
+
+    Stream i starts `stagger_ms` * i late.
+    """
 
     media: Path
     num_streams: int = 4
     settings: Settings = field(default_factory=Settings)
-    min_seconds: float = 0.0
-    stagger_ms: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class StreamResult:
-    """One stream as its consumer saw it."""
-
-    stream_id: str
-    latencies: Latencies
-    words: WordErrors | None
-    num_errors: int
-    num_gaps: int
-    ended_as: str
-    ended_late_ms: float | None
+    seconds: float = 0.0
+    stagger_ms: float = 0
+    language: str = "en"
+    patience: Patience = field(default_factory=Patience)
+    keeps_records: bool = False  # what consumers received is in the results of the streams
 
 
 @dataclass(frozen=True, slots=True)
 class LiveReport:
-    """All streams together."""
+    """All streams of one round together."""
 
     runtime: str
     model: str
@@ -83,6 +68,7 @@ class LiveReport:
     language: str | None
     streams: tuple[StreamResult, ...]
     usage: ProcessUsage
+    idle_private_bytes: int  # before the first round
     is_whole_service: bool  # nothing of it ran where its processes cannot be seen
 
     @property
@@ -99,11 +85,21 @@ class LiveReport:
         counted = [stream.words for stream in self.streams if stream.words is not None]
         return sum(counted, WordErrors()) if counted else None
 
+    @property
+    def num_streams_failed(self) -> int:
+        """Streams that were refused, or ended by an error."""
+        return sum(stream.ended_as not in {"ended", LATE} for stream in self.streams)
+
+    @property
+    def num_streams_late(self) -> int:
+        """Streams that were not over in time and were told to end."""
+        return sum(stream.ended_as == LATE for stream in self.streams)
+
     def to_json(self) -> dict[str, Any]:
         """Return every figure as JSON values; times in milliseconds, memory in MiB."""
         total, words, num_streams = self.latencies, self.words, len(self.streams)
         audio_s = num_streams * self.seconds
-        grown = self.usage.peak_private_bytes - self.usage.start_private_bytes
+        grown = self.usage.peak_private_bytes - self.idle_private_bytes
         return {
             "streams": num_streams,
             "runtime": self.runtime,
@@ -116,7 +112,8 @@ class LiveReport:
             "num_partials": total.num_partials,
             "num_errors": sum(stream.num_errors for stream in self.streams),
             "num_gaps": sum(stream.num_gaps for stream in self.streams),
-            "num_streams_failed": sum(stream.ended_as != "ended" for stream in self.streams),
+            "num_streams_failed": self.num_streams_failed,
+            "num_streams_late": self.num_streams_late,
             "num_stable_words": total.num_stable_words,
             "num_stable_words_lost": total.num_stable_words_lost,
             "first_word_ms": Percentiles.of(total.first_word_ms).to_json(),
@@ -133,6 +130,7 @@ class LiveReport:
             },
             "num_processes": self.usage.num_processes,
             "memory_mib_at_start": round(self.usage.start_private_bytes / 2**20, 1),
+            "memory_mib_peak": round(self.usage.peak_private_bytes / 2**20, 1),
             "memory_mib_per_stream": round(grown / 2**20 / num_streams, 1),
             "num_cpus": len(os.sched_getaffinity(0)),
         }
@@ -144,14 +142,70 @@ class LiveReport:
         return live_table(self)
 
 
-@dataclass(frozen=True, slots=True)
-class _Played:
-    """What every stream plays, and what must come of it."""
+class LiveBench:
+    """The running service and what its streams play: one round after the other. Opened by `open_bench`."""
 
-    clip: Clip
-    path: Path
-    utterances: Mapping[int, UtteranceTimes]
-    has_reference: bool
+    def __init__(
+        self, options: LiveOptions, settings: Settings, played: Played, warm_up: Path, report: Progress
+    ) -> None:
+        self._patience = options.patience
+        self._keeps_records = options.keeps_records
+        self._settings = settings
+        self._played = played
+        self._warm_up = warm_up
+        self._report = report
+        self._exits = AsyncExitStack()
+        self._running: tuple[GatewayClient, Store] | None = None
+        self._roots: list[int] = []
+        self._idle_private_bytes = 0
+
+    async def start(self) -> tuple[GatewayClient, Store]:
+        """Start the service, with its store, and play a short stream that is not measured.
+
+        Raises:
+            ServiceError, StoreError, ModelError: if the service does not start.
+        """
+        gateway = await self._exits.enter_async_context(open_runtime(self._settings, self._report))
+        store = await self._exits.enter_async_context(Store(self._settings.redis))
+        self._report("warming up")
+        warm_up_id = await gateway.start_stream(StreamSpec(source=str(self._warm_up), pace="fast"))
+        await gateway.wait_stream(warm_up_id)
+        self._roots = await find_root_pids(store)
+        self._idle_private_bytes = (await asyncio.to_thread(measure_memory, self._roots)).private_bytes
+        self._running = gateway, store
+        return self._running
+
+    async def stop(self) -> None:
+        """Stop the service, if it runs."""
+        self._running = None
+        await self._exits.aclose()
+
+    async def play(self, num_streams: int, stagger_ms: float) -> LiveReport:
+        """Play one round. After a round whose streams did not even end when told to, the service is started anew.
+
+        Raises:
+            ServiceError, StoreError, ModelError: if the service breaks, or does not start again.
+        """
+        gateway, store = self._running or await self.start()
+        self._report(f"playing {num_streams} streams of {self._played.clip.seconds:.0f} s")
+        async with watch_processes(self._roots) as usage:
+            rounds = Rounds(gateway, store, self._played, self._patience, self._keeps_records)
+            streams, are_over = await rounds.play(num_streams, stagger_ms)
+        info = await gateway.info()
+        report = LiveReport(
+            runtime=self._settings.runtime,
+            model=info.stages.model,
+            seconds=self._played.clip.seconds,
+            language=self._played.clip.language if self._played.has_reference else None,
+            streams=tuple(streams),
+            usage=usage,
+            idle_private_bytes=self._idle_private_bytes,
+            is_whole_service=is_whole_service(self._settings, store),
+        )
+        if not are_over:
+            self._report("ending streams that hang, with their service")
+            await self.stop()
+        return report
 
 
 def run_live(options: LiveOptions, on_progress: Progress | None = None) -> LiveReport:
@@ -159,35 +213,68 @@ def run_live(options: LiveOptions, on_progress: Progress | None = None) -> LiveR
 
     Raises:
         MediaError: if the media cannot be used.
-        ServiceError, StoreError, ModelError: if the service does not start, or a stream is not over in time.
+        ServiceError, StoreError, ModelError: if the service does not start, or a stream is refused or not over in time.
     """
     return asyncio.run(measure_live(options, on_progress))
 
 
 async def measure_live(options: LiveOptions, on_progress: Progress | None = None) -> LiveReport:
     """Do what `run_live` does, on a running event loop."""
-    report = on_progress or (lambda _text: None)
+    async with open_bench(options, options.num_streams, on_progress) as bench:
+        report = await bench.play(options.num_streams, options.stagger_ms)
+    refused = [stream for stream in report.streams if stream.ended_as == "refused"]
+    if refused:
+        raise ServiceError(f"{len(refused)} of {options.num_streams} streams were refused: {refused[0].failure}")
+    if report.num_streams_late:
+        raise ServiceError(
+            f"{report.num_streams_late} streams were not over {options.patience.max_delay_s:.0f} s after their sound: "
+            "the machine cannot keep up with so many; take fewer streams"
+        )
+    return report
+
+
+@asynccontextmanager
+async def open_bench(
+    options: LiveOptions, max_streams: int, on_progress: Progress | None = None
+) -> AsyncIterator[LiveBench]:
+    """Prepare the media, start the service with room for `max_streams`, and stop it at the end.
+
+    Raises:
+        MediaError: if the media cannot be used, or hold no speech.
+        ServiceError, StoreError, ModelError: if the service does not start.
+    """
     with tempfile.TemporaryDirectory(prefix="surtitle-bench-") as name:
         folder = Path(name)
         played, warm_up = await asyncio.to_thread(_prepare, options, folder)
-        settings = _own_settings(options, folder)
-        async with open_runtime(settings, report) as gateway, Store(settings.redis) as store:
-            report("warming up")
-            warm_up_id = await gateway.start_stream(StreamSpec(source=str(warm_up), pace="fast"))
-            await gateway.wait_stream(warm_up_id)
-            report(f"playing {options.num_streams} streams of {played.clip.seconds:.0f} s")
-            async with watch_processes([os.getpid(), *await _server_pids(store)]) as usage:
-                streams = await _play_all(options, played, gateway, store)
-            info = await gateway.info()
-            return LiveReport(
-                runtime=settings.runtime,
-                model=info.stages.model,
-                seconds=played.clip.seconds,
-                language=played.clip.language if played.has_reference else None,
-                streams=tuple(streams),
-                usage=usage,
-                is_whole_service=store.is_embedded and (settings.runtime == "local" or settings.ray.address is None),
-            )
+        settings = own_settings(options.settings, folder, max_streams)
+        bench = LiveBench(options, settings, played, warm_up, on_progress or (lambda _text: None))
+        try:
+            await bench.start()
+            yield bench
+        finally:
+            await bench.stop()
+
+
+def own_settings(settings: Settings, folder: Path, max_streams: int) -> Settings:
+    """Return `settings` with room for `max_streams` and a warm-up and, unless a URL is given, a store in `folder`."""
+    service = settings.service.model_copy(update={"max_streams": max(settings.service.max_streams, max_streams + 1)})
+    store = settings.redis
+    if store.url is None:
+        store = store.model_copy(update={"data_dir": folder / "data"})
+    return settings.model_copy(update={"service": service, "redis": store})
+
+
+async def find_root_pids(store: Store) -> list[int]:
+    """Return this process, and that of the store's server if it runs on this machine for us alone."""
+    if not store.is_embedded:
+        return [os.getpid()]
+    info: Any = await store.client().info("server")
+    return [os.getpid(), int(info["process_id"])]
+
+
+def is_whole_service(settings: Settings, store: Store) -> bool:
+    """Whether every process of the service is below those of `find_root_pids`."""
+    return store.is_embedded and (settings.runtime == "local" or settings.ray.address is None)
 
 
 def find_utterances(samples: NDArray[np.int16], params: VadParams) -> dict[int, UtteranceTimes]:
@@ -204,93 +291,14 @@ def find_utterances(samples: NDArray[np.int16], params: VadParams) -> dict[int, 
     }
 
 
-def _prepare(options: LiveOptions, folder: Path) -> tuple[_Played, Path]:
+def _prepare(options: LiveOptions, folder: Path) -> tuple[Played, Path]:
     """Write what is played, and a short piece of it for warming up."""
     folder.chmod(0o755)  # ingest processes read the media as another user
-    reference = find_reference(options.media)
-    clip = Clip(
-        options.media.name,
-        reference.language if reference is not None else "en",
-        reference.text if reference is not None else "",
-        read_samples(options.media),
-    )
-    looped = loop_clip(clip, options.min_seconds)
+    clip, has_reference = load_stream(options.media, options.seconds, options.language)
+    utterances = find_utterances(clip.samples, options.settings.vad)
+    if not utterances:
+        raise MediaError(f"{options.media} holds no speech that the voice detector hears: nothing could be measured")
     path, warm_up = folder / "media.wav", folder / "warm-up.wav"
-    write_wav(path, looped.samples)
+    write_wav(path, clip.samples)
     write_wav(warm_up, clip.samples[: round(_WARM_UP_S * SAMPLE_RATE_HZ)])
-    utterances = find_utterances(looped.samples, options.settings.vad)
-    return _Played(looped, path, utterances, reference is not None), warm_up
-
-
-def _own_settings(options: LiveOptions, folder: Path) -> Settings:
-    """Return the settings with room for all streams and, unless a URL is given, a store of this run alone."""
-    settings = options.settings
-    service = settings.service.model_copy(
-        update={"max_streams": max(settings.service.max_streams, options.num_streams + 1)}
-    )
-    store = settings.redis
-    if store.url is None:
-        store = store.model_copy(update={"data_dir": folder / "data"})
-    return settings.model_copy(update={"service": service, "redis": store})
-
-
-async def _server_pids(store: Store) -> list[int]:
-    """Return the process of the store's server, if it runs on this machine for us alone."""
-    if not store.is_embedded:
-        return []
-    info: Any = await store.client().info("server")
-    return [int(info["process_id"])]
-
-
-async def _play_all(options: LiveOptions, played: _Played, gateway: GatewayClient, store: Store) -> list[StreamResult]:
-    run = secrets.token_hex(3)
-    try:
-        async with asyncio.TaskGroup() as group:
-            playing = [
-                group.create_task(
-                    _play(f"bench-{run}-{index + 1}", index * options.stagger_ms / 1_000, played, gateway, store)
-                )
-                for index in range(options.num_streams)
-            ]
-    except* TimeoutError as failed:
-        raise ServiceError(
-            f"{len(failed.exceptions)} streams were not over {_MAX_DELAY_S:.0f} s after their sound: "
-            "the machine cannot keep up with so many; take fewer streams"
-        ) from failed
-    except* Exception as failed:
-        raise failed.exceptions[0] from failed
-    return [task.result() for task in playing]
-
-
-async def _play(stream_id: str, delay_s: float, played: _Played, gateway: GatewayClient, store: Store) -> StreamResult:
-    await asyncio.sleep(delay_s)
-    await gateway.start_stream(StreamSpec(source=str(played.path), stream_id=stream_id, channels="mix"))
-    client = store.client()
-    async with asyncio.timeout(played.clip.seconds + _MAX_DELAY_S):
-        received = [Received(entry.record, time.time() * 1_000) async for entry in follow(client, stream_id, _FOLLOWED)]
-    await gateway.wait_stream(stream_id)
-    return _judge(stream_id, received, await _read_anchor_ms(client, stream_id), played)
-
-
-async def _read_anchor_ms(client: redis.Redis, stream_id: str) -> float:
-    """Return the wall time of media sample 0 by the stream's own anchors."""
-    stored: Any = await client.hget(StreamKeys(stream_id).state, "anchors")
-    media_ms, utc = json.loads(stored)[0]
-    return datetime.fromisoformat(utc).timestamp() * 1_000 - float(media_ms)
-
-
-def _judge(stream_id: str, received: list[Received], anchor_ms: float, played: _Played) -> StreamResult:
-    finals = [item.record for item in received if isinstance(item.record, FinalRecord)]
-    text = " ".join(final.text for final in sorted(finals, key=lambda final: final.sequence) if final.text)
-    health = [(item.record, item.at_ms) for item in received if isinstance(item.record, HealthRecord)]
-    end = next(((record.event, at_ms) for record, at_ms in health if record.event in {"ended", "failed"}), None)
-    clip = played.clip
-    return StreamResult(
-        stream_id=stream_id,
-        latencies=measure(received, anchor_ms, played.utterances),
-        words=count_errors(clip.text, text, clip.language) if played.has_reference else None,
-        num_errors=len(find_error_records(received)),
-        num_gaps=sum(record.event == "gap" for record, _ in health),
-        ended_as=end[0] if end is not None else "lost",
-        ended_late_ms=end[1] - anchor_ms - 1_000 * clip.seconds if end is not None else None,
-    )
+    return Played(clip, path, utterances, has_reference), warm_up

@@ -29,6 +29,31 @@ class ProcessUsage:
     cpu_s_by_name: dict[str, float] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Memory of all processes at one moment, in bytes.
+
+    Resident memory counts a page that several processes share once for each of them; private memory leaves shared pages
+    out.
+    """
+
+    resident_bytes: int
+    private_bytes: int
+    private_bytes_by_name: dict[str, int]  # processes of one name added up
+
+
+def measure_memory(roots: Iterable[int]) -> Memory:
+    """Return the memory of the processes `roots` and all below them."""
+    resident = 0
+    private_by_name: dict[str, int] = {}
+    for process in _find(roots):
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied), process.oneshot():
+            memory, name = process.memory_info(), process.name()
+            resident += memory.rss
+            private_by_name[name] = private_by_name.get(name, 0) + memory.rss - memory.shared
+    return Memory(resident, sum(private_by_name.values()), private_by_name)
+
+
 class _Meter:
     def __init__(self, roots: Iterable[int]) -> None:
         self._roots = tuple(dict.fromkeys(roots))
@@ -53,7 +78,7 @@ class _Meter:
 
     def _look(self, *, is_start: bool) -> int:
         private_bytes = 0
-        for process in self._find():
+        for process in _find(self._roots):
             # A process may end between being listed and being read.
             with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied), process.oneshot():
                 identity = (process.pid, process.create_time())
@@ -66,14 +91,15 @@ class _Meter:
                 private_bytes += memory.rss - memory.shared
         return private_bytes
 
-    def _find(self) -> list[psutil.Process]:
-        found: dict[int, psutil.Process] = {}
-        for pid in self._roots:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                root = psutil.Process(pid)
-                found[pid] = root
-                found.update((child.pid, child) for child in root.children(recursive=True))
-        return list(found.values())
+
+def _find(roots: Iterable[int]) -> list[psutil.Process]:
+    found: dict[int, psutil.Process] = {}
+    for pid in roots:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            root = psutil.Process(pid)
+            found[pid] = root
+            found.update((child.pid, child) for child in root.children(recursive=True))
+    return list(found.values())
 
 
 @contextlib.asynccontextmanager

@@ -229,31 +229,6 @@ def bench_accuracy(
     accuracy(load(config, sets).settings, media, is_given=is_given, is_json=is_json)
 
 
-@bench_app.command("live")
-def bench_live(
-    *,
-    media: Annotated[Path, typer.Option("--media", metavar="FILE", help="Recording that every stream plays.")],
-    num_streams: Annotated[int, typer.Option("--streams", metavar="N", min=1, max=1_000, help="Streams at once.")] = 4,
-    min_seconds: Annotated[
-        float,
-        typer.Option("--min-seconds", metavar="S", min=0, max=86_400, help="Loop shorter recordings to S seconds."),
-    ] = 0.0,
-    stagger_ms: Annotated[
-        int,
-        typer.Option(
-            "--stagger-ms", metavar="MS", min=0, max=600_000, help="Start each stream so much later; 0: together."
-        ),
-    ] = 1_000,
-    is_json: Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")] = False,
-    runtime: RuntimeOption = None,
-    config: ConfigOption = None,
-    sets: SetOption = None,
-) -> None:
-    """Latencies and CPU time with N streams at once, in real time, as a consumer of Redis sees them."""
-    from actors.cli.benches import live  # noqa: PLC0415
-
-    live(load(config, sets, runtime).settings, media, num_streams, min_seconds, stagger_ms, is_json=is_json)
-
-
 from actors.cli import bench_decoder as _bench_decoder  # noqa: E402, F401 - registers its command on bench_app
+from actors.cli import bench_live as _bench_live  # noqa: E402, F401 - registers its commands on bench_app
 from actors.cli import bench_peer as _bench_peer  # noqa: E402, F401 - registers its command on bench_app

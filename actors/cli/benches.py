@@ -18,6 +18,9 @@ from actors.settings import Settings
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+DEFAULT_STREAMS = 4
+DEFAULT_STAGGER_MS = 1_000
+
 
 def accuracy(settings: Settings, media: Path, *, is_given: bool, is_json: bool) -> None:
     """Measure word error rates over the recordings of a folder.
@@ -35,7 +38,14 @@ def accuracy(settings: Settings, media: Path, *, is_given: bool, is_json: bool) 
 
 
 def live(
-    settings: Settings, media: Path, num_streams: int, min_seconds: float, stagger_ms: int, *, is_json: bool
+    settings: Settings,
+    media: Path,
+    seconds: float | None,
+    language: str,
+    *,
+    num_streams: int | None,
+    stagger_ms: int | None,
+    is_json: bool,
 ) -> None:
     """Measure latencies and CPU time of streams at once.
 
@@ -43,15 +53,69 @@ def live(
         SurtitleError: if media, models, Redis or the service cannot be used.
     """
     from actors.bench.live import LiveOptions, run_live  # noqa: PLC0415
-    from actors.bench.tables import live_table  # noqa: PLC0415
 
     set_up_logging("surtitle: %(message)s")
     options = LiveOptions(
-        media=media, num_streams=num_streams, settings=settings, min_seconds=min_seconds, stagger_ms=stagger_ms
+        media,
+        num_streams=DEFAULT_STREAMS if num_streams is None else num_streams,
+        settings=settings,
+        seconds=seconds or 0.0,
+        stagger_ms=DEFAULT_STAGGER_MS if stagger_ms is None else stagger_ms,
+        language=language,
     )
     with progress("starting the service") as report_progress:
         report = run_live(options, report_progress)
-    print_report(live_table(report), report.to_json(), is_json=is_json)
+    print_report(report, report.to_json(), is_json=is_json)
+
+
+def sweep(
+    settings: Settings,
+    media: Path,
+    seconds: float | None,
+    language: str,
+    *,
+    max_streams: int | None,
+    plot: Path | None,
+    is_json: bool,
+) -> None:
+    """Measure how many streams stay within the limits, and draw it in the file `plot`.
+
+    Raises:
+        SurtitleError: if media, models, Redis or the service cannot be used, or nothing can be drawn.
+    """
+    from actors.bench.live import LiveOptions  # noqa: PLC0415
+    from actors.bench.plot import check_plotting, draw_sweep  # noqa: PLC0415
+    from actors.bench.sweep import DEFAULT_MAX_STREAMS, DEFAULT_SECONDS, SweepOptions, run_sweep  # noqa: PLC0415
+
+    if plot is not None:
+        check_plotting(plot)
+    set_up_logging("surtitle: %(message)s")
+    asked_s = DEFAULT_SECONDS if seconds is None else seconds
+    options = SweepOptions(
+        LiveOptions(media, settings=settings, seconds=asked_s, language=language),
+        max_streams=DEFAULT_MAX_STREAMS if max_streams is None else max_streams,
+    )
+    with progress("starting the service") as report_progress:
+        report = run_sweep(options, report_progress)
+    if plot is not None:
+        draw_sweep(report, plot)
+    print_report(report, report.to_json(), is_json=is_json)
+
+
+def memory(settings: Settings, media: Path, minutes: float, language: str, *, is_json: bool) -> bool:
+    """Measure the memory of the service over one long stream; return whether it stayed flat.
+
+    Raises:
+        SurtitleError: if media, models, Redis or the service cannot be used.
+    """
+    from actors.bench.memory import MemoryOptions, run_memory  # noqa: PLC0415
+
+    set_up_logging("surtitle: %(message)s")
+    options = MemoryOptions(media, settings=settings, media_s=60 * minutes, language=language)
+    with progress("starting the service") as report_progress:
+        report = run_memory(options, report_progress)
+    print_report(report, report.to_json(), is_json=is_json)
+    return report.is_flat
 
 
 @contextlib.contextmanager
