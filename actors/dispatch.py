@@ -4,7 +4,8 @@ Snapshots wait here until a call has room for them; what waits goes together, so
 there is load. The driver (`actors/stage_driver.py`) tells the time and carries the calls out.
 
 The rules:
-    - finals first, each kind in the order of arrival;
+    - finals first, then partials of utterances that show nothing yet, then others, each in the order of arrival; a
+      partial that has waited for `max_overtaken_ms` is overtaken by finals only;
     - one partial in flight per utterance; a newer one, or the final, replaces one that still waits;
     - up to `max_work_ms` of predicted work per call, but at least one snapshot;
     - what is lost with a stage is submitted again one by one, each with nothing else in flight, so that the one that
@@ -18,8 +19,10 @@ from dataclasses import dataclass, replace
 
 from pydantic import Field
 
+from actors.cadence import CadenceParams
 from pipeline.items import Failure, FailureKind, Outcome, Snapshot, SnapshotKey, Task
 from pipeline.params import Params
+from pipeline.stream_params import NUM_OPENING_SNAPSHOTS
 
 
 class DispatchParams(Params):
@@ -33,6 +36,9 @@ class DispatchParams(Params):
     max_in_flight_snapshots: int = Field(
         default=64, ge=1, le=10_000, description="snapshots sent and not answered yet; bounds memory for embeddings"
     )
+    max_overtaken_ms: float = Field(
+        default=640.0, ge=0, le=60_000, description="a partial that waited so long goes before first partials as well"
+    )
     max_partial_wait_ms: float = Field(
         default=5_000.0, gt=0, le=600_000, description="a partial that no stage took for so long is dropped"
     )
@@ -43,9 +49,19 @@ class DispatchParams(Params):
     call_timeout_ms: float = Field(
         default=30_000.0, gt=0, le=600_000, description="a call that shows no progress for so long counts as lost"
     )
+    cadence: CadenceParams = CadenceParams()
 
 
 UtteranceKey = tuple[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """What waits for a call: predicted encoder work, and the longest waits, in milliseconds."""
+
+    work_ms: float
+    final_wait_ms: float
+    partial_wait_ms: float
 
 
 @dataclass(slots=True)
@@ -53,6 +69,7 @@ class _Entry:
     snapshot: Snapshot  # its tasks are those still open
     order: int
     submitted_ms: float
+    queued_ms: float  # when it, or the one whose place it took, came
     num_kills: int = 0
     is_suspect: bool = False  # was in flight when a stage died
     was_alone: bool = True  # nothing else was in flight during its latest call
@@ -105,7 +122,7 @@ class DispatchQueue:
         if key in self._in_flight or self._waiting(key) is not None:
             raise ValueError(f"snapshot {key} was submitted twice")
         self._num_added += 1
-        entry = _Entry(snapshot, self._num_added, now_ms)
+        entry = _Entry(snapshot, self._num_added, now_ms, now_ms)
         if snapshot.is_final:
             if not self.has_room():
                 raise RuntimeError(f"{self.num_waiting} snapshots wait already; wait for has_room()")
@@ -114,13 +131,25 @@ class DispatchQueue:
             return [_superseded(overtaken.snapshot)] if overtaken else []
         return self._add_partial(entry)
 
+    def waiting(self, now_ms: float) -> Waiting:
+        """Return what waits and could be sent; what waits for another snapshot's answer does not count."""
+        partials = self._sendable_partials()
+        finals = self._finals.values()
+        return Waiting(
+            work_ms=sum(self._predict_ms(len(entry.snapshot.samples)) for entry in (*finals, *partials)),
+            final_wait_ms=max((now_ms - entry.submitted_ms for entry in finals), default=0.0),
+            partial_wait_ms=max((now_ms - entry.submitted_ms for entry in partials), default=0.0),
+        )
+
     def can_take(self) -> bool:
         """Whether `take` would return something."""
-        return bool(self._choose())
+        if self._suspects:
+            return not self._in_flight
+        return not self._has_suspect_in_flight() and self._room > 0 and bool(self._finals or self._sendable_partials())
 
-    def take(self) -> list[Snapshot]:
+    def take(self, now_ms: float) -> list[Snapshot]:
         """Return the snapshots of the next call, which are in flight from now on; empty when nothing may be sent."""
-        chosen = self._choose()
+        chosen = self._choose(now_ms)
         is_alone = len(chosen) == 1 and not self._in_flight
         if chosen:
             for other in self._in_flight.values():
@@ -218,30 +247,41 @@ class DispatchQueue:
         if waiting.snapshot.key.revision >= snapshot.key.revision:
             return [_superseded(snapshot)]
         # The newer one takes the older one's place in the queue: an utterance is not set back by talking on.
-        entry.order = waiting.order
+        entry.order, entry.queued_ms = waiting.order, waiting.queued_ms
         self._partials[utterance] = entry
         return [_superseded(waiting.snapshot)]
 
-    def _choose(self) -> list[_Entry]:
+    def _choose(self, now_ms: float) -> list[_Entry]:
         if self._suspects:
             return [] if self._in_flight else [min(self._suspects.values(), key=lambda entry: entry.order)]
-        if any(entry.is_suspect for entry in self._in_flight.values()):
+        if self._has_suspect_in_flight():
             return []
-        return list(self._next_entries())
+        return list(self._next_entries(now_ms))
 
-    def _next_entries(self) -> Iterator[_Entry]:
-        room = self._params.max_in_flight_snapshots - len(self._in_flight)
+    def _next_entries(self, now_ms: float) -> Iterator[_Entry]:
         work_ms = 0.0
         finals = sorted(self._finals.values(), key=lambda entry: entry.order)
-        partials = sorted(
-            (entry for utterance, entry in self._partials.items() if utterance not in self._partials_in_flight),
-            key=lambda entry: entry.order,
-        )
+        partials = sorted(self._sendable_partials(), key=lambda entry: (self._rank(entry, now_ms), entry.order))
         for num_chosen, entry in enumerate((*finals, *partials)):
             work_ms += self._predict_ms(len(entry.snapshot.samples))
-            if num_chosen >= room or (num_chosen and work_ms > self._params.max_work_ms):
+            if num_chosen >= self._room or (num_chosen and work_ms > self._params.max_work_ms):
                 return
             yield entry
+
+    def _rank(self, entry: _Entry, now_ms: float) -> int:
+        if now_ms - entry.queued_ms >= self._params.max_overtaken_ms:
+            return 0
+        return 1 if is_opening(entry.snapshot) else 2
+
+    def _sendable_partials(self) -> list[_Entry]:
+        return [entry for utterance, entry in self._partials.items() if utterance not in self._partials_in_flight]
+
+    def _has_suspect_in_flight(self) -> bool:
+        return any(entry.is_suspect for entry in self._in_flight.values())
+
+    @property
+    def _room(self) -> int:
+        return self._params.max_in_flight_snapshots - len(self._in_flight)
 
     def _landed(self, keys: Iterable[SnapshotKey]) -> list[_Entry]:
         entries = [self._in_flight[key] for key in keys if key in self._in_flight]
@@ -284,6 +324,14 @@ class DispatchQueue:
         self._suspects.pop(key, None)
         if self._partials.get(_utterance_of(key)) is entry:
             del self._partials[_utterance_of(key)]
+
+
+def is_opening(snapshot: Snapshot) -> bool:
+    """Whether this is one of the first partials of an utterance of which nothing was shown yet, as it carries no draft.
+
+    One of noise never has a draft, and counts for as many partials only as the stream takes at the minimum cadence.
+    """
+    return not snapshot.is_final and not snapshot.draft and snapshot.key.revision <= NUM_OPENING_SNAPSHOTS
 
 
 class CostModel:

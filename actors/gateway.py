@@ -236,7 +236,12 @@ class Gateway:
             from actors.local_stages import LocalStages  # noqa: PLC0415 - only this runtime has models in-process
 
             return await LocalStages.open(
-                settings.model, settings.encoder, settings.decoder, settings.dispatch, self._metrics
+                settings.model,
+                settings.encoder,
+                settings.decoder,
+                settings.dispatch,
+                self._metrics,
+                snapshots=settings.snapshots,
             )
         from actors.serve_stages import ServeStages  # noqa: PLC0415 - the other runtime works without Ray installed
 
@@ -245,6 +250,7 @@ class Gateway:
             self._metrics,
             num_encoder_replicas=settings.ray.num_encoder_replicas,
             start_timeout_s=settings.service.start_timeout_s,
+            snapshots=settings.snapshots,
         )
 
     # -- sessions ---------------------------------------------------------------------------------

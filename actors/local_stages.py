@@ -20,6 +20,7 @@ from pipeline.decode.embeddings_to_hypotheses import DecoderParams
 from pipeline.errors import StageUnavailable
 from pipeline.items import DecodeRequest, Outcome, Snapshot
 from pipeline.models.weights import ModelParams
+from pipeline.stream_params import SnapshotParams
 
 logger = logging.getLogger(__name__)
 
@@ -35,8 +36,10 @@ class LocalStages(StageDriver):
         decoder_params: DecoderParams,
         dispatch: DispatchParams,
         metrics: Metrics,
+        *,
+        snapshots: SnapshotParams | None = None,
     ) -> LocalStages:
-        """Load both models (off the event loop) and start.
+        """Load both models (off the event loop) and start. `snapshots` holds the bounds of the cadence.
 
         Raises:
             WeightsHashError: if a weight file is not the pinned one.
@@ -48,7 +51,9 @@ class LocalStages(StageDriver):
         )
         transport = LocalTransport(encoder, decoder, model, decoder_params)
         cost = CostModel(encoder.info().cost.estimate_ms)
-        stages = cls(transport, stages_info(encoder.info(), decoder.info()), dispatch, cost, metrics)
+        stages = cls(
+            transport, stages_info(encoder.info(), decoder.info()), dispatch, cost, metrics, snapshots=snapshots
+        )
         stages.start()
         return stages
 

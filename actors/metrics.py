@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from actors.cadence import CadencePolicy
 from pipeline.items import Failure, Hypothesis, Outcome, Snapshot
 from pipeline.records import BaseRecord, FinalRecord, PartialRecord
 
@@ -43,6 +44,17 @@ class Metrics:
         )
         self.decode_ms = self._histogram("surtitle_decode_ms", "From the end of encoding to each outcome")
         self.cadence_ms = self._histogram("surtitle_partial_cadence_ms", "Sound between two partials of one utterance")
+        self.cadence_target_ms = Gauge(
+            "surtitle_partial_cadence_target_ms",
+            "Sound between two partials of one utterance that the stages can bear now",
+            registry=self.registry,
+        )
+        self.stage_utilisation = Gauge(
+            "surtitle_stage_utilisation",
+            "Share of the last seconds that a stage was busy, as the cadence goes by it",
+            ["stage"],
+            registry=self.registry,
+        )
         self._last_end_ms: dict[str, tuple[int, int]] = {}
 
     def on_record(self, record: BaseRecord) -> None:
@@ -66,6 +78,12 @@ class Metrics:
             self.guards.labels(guard=outcome.guard).inc()
         elif isinstance(outcome, Failure):
             self.failures.labels(kind=outcome.kind.value).inc()
+
+    def on_cadence(self, policy: CadencePolicy) -> None:
+        """Show what the cadence of partials is now, and why."""
+        self.cadence_target_ms.set(policy.cadence_ms)
+        self.stage_utilisation.labels(stage="encoder").set(policy.encoder_utilisation)
+        self.stage_utilisation.labels(stage="decoder").set(policy.decoder_utilisation)
 
     def forget(self, stream_id: str) -> None:
         """Drop what is remembered of a stream that has ended."""

@@ -24,6 +24,7 @@ from actors.metrics import Metrics
 from actors.stage_driver import StageDriver, stages_info
 from pipeline.errors import ServiceError, StageUnavailable
 from pipeline.items import DecodeRequest, Outcome, Snapshot
+from pipeline.stream_params import SnapshotParams
 
 logger = logging.getLogger(__name__)
 
@@ -41,9 +42,15 @@ class ServeStages(StageDriver):
 
     @classmethod
     async def open(
-        cls, dispatch: DispatchParams, metrics: Metrics, *, num_encoder_replicas: int, start_timeout_s: float
+        cls,
+        dispatch: DispatchParams,
+        metrics: Metrics,
+        *,
+        num_encoder_replicas: int,
+        start_timeout_s: float,
+        snapshots: SnapshotParams | None = None,
     ) -> ServeStages:
-        """Connect to the deployments, wait for a replica of each, and start.
+        """Connect to the deployments, wait for a replica of each, and start. `snapshots` bounds the cadence.
 
         Raises:
             ServiceError: if they do not answer within `start_timeout_s`.
@@ -60,7 +67,7 @@ class ServeStages(StageDriver):
         max_calls = dispatch.max_calls_per_replica * num_encoder_replicas
         transport = ServeTransport(encoder, decoder, max_calls)
         cost = CostModel(encoder_info.cost.estimate_ms)
-        stages = cls(transport, stages_info(encoder_info, decoder_info), dispatch, cost, metrics)
+        stages = cls(transport, stages_info(encoder_info, decoder_info), dispatch, cost, metrics, snapshots=snapshots)
         stages.start()
         return stages
 

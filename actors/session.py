@@ -31,7 +31,7 @@ MAX_UNFINISHED_FINALS = 8
 class Scheduling(StrEnum):
     """When partials are taken."""
 
-    BY_TIME = "by_time"  # as sound arrives, whatever the stages are doing: live
+    BY_TIME = "by_time"  # as sound arrives, as often as the stages can bear: live
     BY_SAMPLE = "by_sample"  # every partial is answered before more is heard: the same partials on every run
 
 
@@ -211,7 +211,8 @@ class Session:
         tasks = self._tasks
         if tasks is None:
             raise RuntimeError("snapshots are submitted inside run() only")
-        for snapshot in stream.due_snapshots():
+        cadence_ms = self._stages.cadence_ms if self._scheduling is Scheduling.BY_TIME else None
+        for snapshot in stream.due_snapshots(cadence_ms):
             if self._observer is not None:
                 self._observer.on_snapshot(snapshot)
             tasks.create_task(self._serve(stream, snapshot), name=f"snapshot-{snapshot.key.utterance}")

@@ -16,17 +16,20 @@ from contextlib import AbstractAsyncContextManager, aclosing
 from typing import Protocol
 
 from actors.audio_encoder import EncoderInfo
+from actors.cadence import CadencePolicy
 from actors.decoder import DecoderInfo
 from actors.dispatch import CostModel, DispatchParams, DispatchQueue
+from actors.load_meter import LoadMeter
 from actors.metrics import Metrics
 from actors.stages import StagesInfo
 from pipeline.errors import StageUnavailable
 from pipeline.items import Failure, FailureKind, Outcome, Snapshot, SnapshotKey
+from pipeline.stream_params import SnapshotParams
 
 logger = logging.getLogger(__name__)
 
 _TICK_S = 0.25
-"""How often what waits is looked at for having waited too long."""
+"""How often what waits is looked at for having waited too long, and the cadence adapts."""
 
 
 class StageCall(Protocol):
@@ -92,7 +95,11 @@ class StageDriver:
         params: DispatchParams,
         cost: CostModel,
         metrics: Metrics,
+        *,
+        snapshots: SnapshotParams | None = None,
     ) -> None:
+        """`snapshots` holds the bounds of the cadence."""
+        bounds = snapshots or SnapshotParams()
         self._transport = transport
         self._info = info
         self._params = params
@@ -105,14 +112,23 @@ class StageDriver:
         self._has_room = asyncio.Condition()
         self._num_encoding = 0
         self._progress_at = time.monotonic()
+        self._cadence = CadencePolicy(params.cadence, bounds.min_cadence_ms, bounds.max_cadence_ms)
+        self._load = LoadMeter(_now_ms())
         self._calls: set[asyncio.Task[None]] = set()
+        self._decoding: dict[StageCall, set[SnapshotKey]] = {}
         self._sender: asyncio.Task[None] | None = None
+        self._adapter: asyncio.Task[None] | None = None
         self._is_closed = False
 
     @property
     def info(self) -> StagesInfo:
         """What answers."""
         return self._info
+
+    @property
+    def cadence_ms(self) -> int:
+        """New sound between two partials of an utterance that the stages can bear now, in milliseconds."""
+        return self._cadence.cadence_ms
 
     @property
     def num_in_flight(self) -> int:
@@ -122,6 +138,7 @@ class StageDriver:
     def start(self) -> None:
         """Start sending. Call once, on the event loop that will submit."""
         self._sender = asyncio.create_task(self._send_forever(), name="stage-sender")
+        self._adapter = asyncio.create_task(self._adapt_forever(), name="stage-cadence")
 
     async def submit(self, snapshot: Snapshot) -> AsyncGenerator[Outcome, None]:
         """Yield one outcome for each task of `snapshot` (see `Stages.submit`)."""
@@ -156,7 +173,7 @@ class StageDriver:
         if self._is_closed:
             return
         self._is_closed = True
-        tasks = [*self._calls, *([self._sender] if self._sender else [])]
+        tasks = [*self._calls, *(task for task in (self._sender, self._adapter) if task is not None)]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -188,7 +205,7 @@ class StageDriver:
         try:
             async with self._transport.open_lane() as lane:
                 # Only now is it decided what goes along: a place has become free.
-                snapshots = self._queue.take()
+                snapshots = self._queue.take(_now_ms())
                 if not snapshots:
                     return
                 call = await lane.start(snapshots)
@@ -204,7 +221,7 @@ class StageDriver:
             await asyncio.sleep(_TICK_S)
             return
         self._observe_queue_wait(snapshots)
-        self._num_encoding += 1
+        self._add_encoding(1)
         task = asyncio.create_task(self._carry(call, snapshots), name="stage-call")
         self._calls.add(task)
         task.add_done_callback(self._calls.discard)
@@ -225,6 +242,7 @@ class StageDriver:
         finally:
             encoding.cancel()
             await asyncio.wait({encoding})
+            self._load.end_decoding(len(self._decoding.pop(call, ())), _now_ms())
             await call.aclose()
             self._wakeup.set()
             await self._tell_room()
@@ -240,6 +258,7 @@ class StageDriver:
                     continue
                 if self._queue.answer(outcome):
                     self._deliver(outcome)
+                    self._note_decoded(call, outcome.key)
                     if encoding.done() and not encoding.cancelled():
                         self._metrics.decode_ms.observe((time.perf_counter() - encoding.result()) * 1_000)
                 if self._queue.is_abandoned(keys):
@@ -282,6 +301,9 @@ class StageDriver:
         try:
             await call.wait_encoded()
             encoded_at = time.perf_counter()
+            open_keys = {snapshot.key for snapshot in snapshots if self._queue.is_in_flight(snapshot.key)}
+            self._decoding[call] = open_keys
+            self._load.add_decoding(len(open_keys), _now_ms())
             elapsed_ms = (encoded_at - started) * 1_000
             self._metrics.encode_ms.observe(elapsed_ms)
             if is_only:
@@ -289,12 +311,35 @@ class StageDriver:
                 self._cost.observe([len(snapshot.samples) for snapshot in snapshots], elapsed_ms)
             return encoded_at
         finally:
-            self._num_encoding -= 1
+            self._add_encoding(-1)
             self._wakeup.set()
 
     async def _tell_room(self) -> None:
         async with self._has_room:
             self._has_room.notify_all()
+
+    # -- load -------------------------------------------------------------------------------------
+
+    async def _adapt_forever(self) -> None:
+        while True:
+            self._metrics.on_cadence(self._cadence)
+            await asyncio.sleep(_TICK_S)
+            now_ms = _now_ms()
+            waiting = self._queue.waiting(now_ms)
+            self._load.note_wait(waiting.final_wait_ms, is_final=True)
+            self._load.note_wait(waiting.partial_wait_ms, is_final=False)
+            # Several encoders share what waits.
+            self._cadence.tick(self._load.take(now_ms, waiting.work_ms / self._transport.max_calls))
+
+    def _add_encoding(self, num_calls: int) -> None:
+        self._num_encoding += num_calls
+        self._load.set_encoding(self._num_encoding / self._transport.max_calls, _now_ms())
+
+    def _note_decoded(self, call: StageCall, key: SnapshotKey) -> None:
+        open_keys = self._decoding.get(call, set())
+        if key in open_keys and not self._queue.is_in_flight(key):
+            open_keys.remove(key)
+            self._load.end_decoding(1, _now_ms())
 
     # -- outcomes ---------------------------------------------------------------------------------
 
@@ -328,6 +373,7 @@ class StageDriver:
         for snapshot in snapshots:
             submitted_ms = self._submitted_ms.pop(snapshot.key, None)
             if submitted_ms is not None:  # not one that is sent again
+                self._load.note_wait(now_ms - submitted_ms, is_final=snapshot.is_final)
                 self._metrics.queue_wait_ms.observe(now_ms - submitted_ms)
 
 

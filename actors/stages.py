@@ -33,6 +33,11 @@ class Stages(Protocol):
         """What answers."""
         ...
 
+    @property
+    def cadence_ms(self) -> int:
+        """New sound between two partials of an utterance that the stages can bear now, in milliseconds."""
+        ...
+
     def submit(self, snapshot: Snapshot) -> AsyncIterator[Outcome]:
         """Yield one outcome for each task of `snapshot`, each as soon as it is ready.
 

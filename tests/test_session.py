@@ -144,6 +144,31 @@ async def test_finals_by_time_equal_finals_by_sample(sound, oracle, local_stages
     assert without_revision[0] == without_revision[1]
 
 
+class WatchedStages:
+    """Stages that count how often they are asked for their cadence."""
+
+    def __init__(self, stages: Stages) -> None:
+        self.info = stages.info
+        self.submit = stages.submit
+        self.aclose = stages.aclose
+        self.num_asked = 0
+
+    @property
+    def cadence_ms(self) -> int:
+        self.num_asked += 1
+        return 2_000
+
+
+@pytest.mark.parametrize("scheduling", Scheduling)
+async def test_only_partials_by_time_come_as_often_as_the_stages_can_bear(
+    sound, local_stages: Stages, publisher, scheduling: Scheduling
+):
+    stages = WatchedStages(local_stages)
+    source = SampleSource(sound[: 3 * SAMPLE_RATE_HZ])
+    await run_session(Session("s", StreamParams(), source, stages, publisher, scheduling=scheduling))
+    assert (stages.num_asked > 0) == (scheduling is Scheduling.BY_TIME)
+
+
 async def test_two_interleaved_sessions_equal_each_alone(  # noqa: PLR0917 - fixtures are arguments
     sound, oracle, local_models: LocalModels, local_stages: Stages, publisher, store
 ):
