@@ -284,7 +284,7 @@ def _load(model: ModelParams, params: DecoderParams) -> tuple[DecodeEngine, Deco
 
     num_threads = choose_num_threads(model.decoder_threads, "decoder")
     torch.set_num_threads(num_threads)
-    engine = DecodeEngine(model, params)
+    engine = DecodeEngine(model, params, clock=time.perf_counter)
     info = DecoderInfo(
         tier=engine.tier,
         model=model.name,

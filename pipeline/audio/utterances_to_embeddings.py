@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from pipeline.audio.encoder_window import EncoderCost, EncoderParams
 from pipeline.errors import ModelError
 from pipeline.items import Embeddings, Failure, FailureKind, Snapshot
-from pipeline.models.device import Clock, choose_device, choose_partial_dtype, synchronize
+from pipeline.models.device import Clock, choose_device, choose_partial_arithmetic, synchronize
 from pipeline.models.weights import ModelParams
 from pipeline.models.whisper.checkpoint import WhisperCheckpoint, WhisperConfig, load_checkpoint
 from pipeline.models.whisper.encoder import POSITION_SAMPLES, WhisperEncoder
@@ -69,11 +69,9 @@ class UtterancesToEmbeddings:
         self._device = choose_device(model)
         self._log_mel = LogMel(self.config.num_mels, self._device)
         self._final_encoder = WhisperEncoder(checkpoint, self._device)
-        partial_dtype = choose_partial_dtype(model, self._device, clock)
+        arithmetic = choose_partial_arithmetic(model, self._device, clock)
         self._partial_encoder = (
-            self._final_encoder
-            if partial_dtype == torch.float32
-            else WhisperEncoder(checkpoint, self._device, partial_dtype)
+            self._final_encoder if arithmetic == "float32" else WhisperEncoder(checkpoint, self._device, arithmetic)
         )
         self.cost = self._calibrate(clock)
 
@@ -84,13 +82,13 @@ class UtterancesToEmbeddings:
 
     @property
     def partial_dtype(self) -> str:
-        """The arithmetic of partials: "float32" or "bfloat16"."""
-        return str(self._partial_encoder.dtype).removeprefix("torch.")
+        """The arithmetic of partials: "float32", "bfloat16" or "int8"."""
+        return self._partial_encoder.arithmetic
 
     @property
     def final_dtype(self) -> str:
         """The arithmetic of finals: always "float32"."""
-        return str(self._final_encoder.dtype).removeprefix("torch.")
+        return self._final_encoder.arithmetic
 
     def estimate_cost_ms(self, num_samples: int) -> float:
         """Return the expected milliseconds for an utterance of `num_samples`."""

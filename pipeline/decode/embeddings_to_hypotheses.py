@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Protocol
@@ -123,6 +123,8 @@ class DecodeEngine:
         model: which checkpoint, on which device.
         params: bounds and guards.
         parts: the loaded model, if there is one already.
+        clock: seconds, to measure at load which arithmetic partials get; without it they are float32 unless the model
+            parameters say otherwise.
 
     Raises:
         WeightsHashError: if a weight file is not the pinned one.
@@ -130,14 +132,20 @@ class DecodeEngine:
     """
 
     tier = "edge"
-    partial_dtype = "float32"
     final_dtype = "float32"
 
-    def __init__(self, model: ModelParams, params: DecoderParams, *, parts: DecoderParts | None = None) -> None:
+    def __init__(
+        self,
+        model: ModelParams,
+        params: DecoderParams,
+        *,
+        parts: DecoderParts | None = None,
+        clock: Callable[[], float] | None = None,
+    ) -> None:
         if parts is None:
             from pipeline.models.whisper.runner import load_parts  # noqa: PLC0415 - the engine itself knows no model
 
-            parts = load_parts(model, params.scheduler.num_slots)
+            parts = load_parts(model, params.scheduler.num_slots, clock)
         self._params = params
         self._runner = parts.runner
         self._prompter = parts.prompter
@@ -156,6 +164,11 @@ class DecodeEngine:
     def translates_to(self) -> tuple[str, ...]:
         """ISO 639-1 codes of the languages that it translates to."""
         return self._prompter.translates_to
+
+    @property
+    def partial_dtype(self) -> str:
+        """The arithmetic of partials: "float32", "bfloat16" or "int8"."""
+        return self._runner.partial_dtype
 
     @property
     def has_work(self) -> bool:
@@ -273,7 +286,9 @@ class DecodeEngine:
     def _row(self, active: _Active, piece: Piece[SnapshotKey]) -> tuple[_Active, Feed, Row]:
         if active.lease is None:
             num_tokens = _MAX_PROMPT_TOKENS + active.limits.max_new_tokens + 1
-            active.lease = self._runner.open(piece.slot, active.embeddings.values, num_tokens)
+            active.lease = self._runner.open(
+                piece.slot, active.embeddings.values, num_tokens, is_exact=active.request.is_final
+            )
         feed = active.sequence.feed(piece.num_tokens)
         row = Row(active.lease, feed.position, feed.tokens, feed.pick_from, feed.is_begin, feed.reads_start)
         return active, feed, row

@@ -58,7 +58,7 @@ class KvMemory:
         """Slots that are leased."""
         return sum(self._is_open)
 
-    def open(self, slot: int, token_capacity: int, num_context_positions: int) -> Lease:
+    def open(self, slot: int, token_capacity: int, num_context_positions: int, *, is_exact: bool = True) -> Lease:
         """Lease `slot`.
 
         Raises:
@@ -75,7 +75,7 @@ class KvMemory:
             raise RuntimeError(f"slot {slot} is leased already (generation {self._generations[slot]})")
         self._is_open[slot] = True
         self._generations[slot] += 1
-        return Lease(slot, self._generations[slot], token_capacity, num_context_positions)
+        return Lease(slot, self._generations[slot], token_capacity, num_context_positions, is_exact)
 
     def close(self, lease: Lease) -> None:
         """End `lease`; its slot can be opened again.

@@ -14,12 +14,16 @@ from pipeline.items import Word
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """The right to use a slot until it is closed, for up to `token_capacity` tokens."""
+    """The right to use a slot until it is closed, for up to `token_capacity` tokens.
+
+    What is computed under an exact lease does not depend on what else is computed; other leases may be quicker.
+    """
 
     slot: int
     generation: int
     token_capacity: int
     num_context_positions: int
+    is_exact: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +105,12 @@ class DecodeRunner(Protocol):
         """How many positions of context cost about as much to take in as one token."""
         ...
 
-    def open(self, slot: int, embeddings: NDArray[np.float32], num_tokens: int) -> Lease:
+    @property
+    def partial_dtype(self) -> str:
+        """The arithmetic under leases that are not exact; that of exact ones is "float32"."""
+        ...
+
+    def open(self, slot: int, embeddings: NDArray[np.float32], num_tokens: int, *, is_exact: bool) -> Lease:
         """Lease `slot` for up to `num_tokens` tokens over `embeddings` float32[positions, width]."""
         ...
 
@@ -110,7 +119,7 @@ class DecodeRunner(Protocol):
         ...
 
     def run(self, rows: Sequence[Row]) -> list[RowResult]:
-        """Run all `rows` in one forward pass; the result of each is as if it had run alone.
+        """Run all `rows` in one forward pass; the result of each exact one is as if it had run alone.
 
         Running a row again gives the same result and leaves the same memory.
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 
 from pipeline.errors import ModelError
+from pipeline.models.linear import Arithmetic, reduced_linear
 from pipeline.models.weights import ModelParams
 
 Clock = Callable[[], float]
@@ -15,7 +16,8 @@ cost estimates depend on it."""
 
 # As `torch.cpu.get_capabilities` names them, on x86 and on ARM.
 _CPU_BFLOAT16 = ("amx_bf16", "avx512_bf16", "avx10_2", "bf16")
-# Rows, inputs, outputs. From tiny upwards: without bfloat16 instructions a product can take 150 times as long as in
+_CPU_INT8 = ("amx_int8", "avx512_vnni", "avx_vnni", "avx10_2", "i8mm")
+# Rows, inputs, outputs. From tiny upwards: without instructions of its own a product can take 150 times as long as in
 # float32, so a slow machine is found out before a product that matters is tried.
 _PROBE_SHAPES = ((8, 32, 32), (32, 128, 128), (128, 256, 256), (128, 512, 512))
 _PROBE_REPEATS = 3
@@ -36,16 +38,34 @@ def choose_device(model: ModelParams) -> torch.device:
     return torch.device("cuda" if has_cuda and model.device != "cpu" else "cpu")
 
 
-def choose_partial_dtype(model: ModelParams, device: torch.device, clock: Clock | None = None) -> torch.dtype:
-    """Return the dtype that partials are computed in: bfloat16 if asked for, or if "auto" measures it to be faster.
+def choose_partial_arithmetic(model: ModelParams, device: torch.device, clock: Clock | None = None) -> Arithmetic:
+    """Return what partials are computed in: what is asked for, or what "auto" finds to be fastest.
 
-    Without a clock "auto" is float32. Takes a few milliseconds.
+    That is int8 on a CPU with instructions for it, else bfloat16 where there are units for it, each only if a
+    measurement agrees; without a clock "auto" is float32. Takes a few milliseconds.
+
+    Raises:
+        ModelError: if int8 is asked for on a device that is no CPU.
     """
+    if model.partial_dtype == "int8" and device.type != "cpu":
+        raise ModelError(f"model.partial_dtype is 'int8', which is for CPUs, not for {device.type}: use 'auto'")
     if model.partial_dtype != "auto":
-        return torch.bfloat16 if model.partial_dtype == "bfloat16" else torch.float32
-    if clock is None or not has_bfloat16_units(device):
-        return torch.float32
-    return torch.bfloat16 if is_bfloat16_faster(device, clock) else torch.float32
+        return model.partial_dtype
+    if clock is None:
+        return "float32"
+    if has_int8_units(device) and is_faster("int8", device, clock):
+        return "int8"
+    if has_bfloat16_units(device) and is_faster("bfloat16", device, clock):
+        return "bfloat16"
+    return "float32"
+
+
+def has_int8_units(device: torch.device) -> bool:
+    """Whether the processor multiplies 8-bit integers into 32-bit sums; asked first, as for bfloat16."""
+    if device.type != "cpu":
+        return False
+    capabilities = torch.cpu.get_capabilities()
+    return any(bool(capabilities.get(name)) for name in _CPU_INT8)
 
 
 def has_bfloat16_units(device: torch.device) -> bool:
@@ -57,26 +77,26 @@ def has_bfloat16_units(device: torch.device) -> bool:
 
 
 @torch.inference_mode()
-def is_bfloat16_faster(device: torch.device, clock: Clock) -> bool:
-    """Whether a bfloat16 matrix product is clearly faster than a float32 one on `device`."""
-    bfloat16_s, float32_s = 1.0, 0.0
+def is_faster(arithmetic: Arithmetic, device: torch.device, clock: Clock) -> bool:
+    """Whether linear layers in `arithmetic` are clearly faster than in float32 on `device`."""
+    reduced_s, float32_s = 1.0, 0.0
     for shape in _PROBE_SHAPES:
-        float32_s = _product_s(torch.float32, shape, device, clock)
-        bfloat16_s = _product_s(torch.bfloat16, shape, device, clock)
-        if bfloat16_s > _GIVE_UP_FACTOR * float32_s + _NOISE_S:
+        float32_s = _product_s("float32", shape, device, clock)
+        reduced_s = _product_s(arithmetic, shape, device, clock)
+        if reduced_s > _GIVE_UP_FACTOR * float32_s + _NOISE_S:
             return False
-    return bfloat16_s * _MIN_SPEED_UP < float32_s
+    return reduced_s * _MIN_SPEED_UP < float32_s
 
 
-def _product_s(dtype: torch.dtype, shape: tuple[int, int, int], device: torch.device, clock: Clock) -> float:
+def _product_s(arithmetic: Arithmetic, shape: tuple[int, int, int], device: torch.device, clock: Clock) -> float:
     rows, inputs, outputs = shape
-    x = torch.ones(rows, inputs, dtype=dtype, device=device)
-    weight = torch.ones(outputs, inputs, dtype=dtype, device=device)
+    x = torch.ones(rows, inputs, device=device)
+    layer = reduced_linear(arithmetic)(torch.ones(outputs, inputs, device=device), None)
     times = []
     for _ in range(_PROBE_REPEATS):
         synchronize(device)
         started = clock()
-        torch.nn.functional.linear(x, weight)
+        layer(x)
         synchronize(device)
         times.append(clock() - started)
     return min(times)

@@ -6,7 +6,8 @@ another order of summation, for each shape. Finals must be the same alone and in
 float32:
 
 - oneDNN with weights packed beforehand: the same bits for every number of rows, and faster than plain `F.linear`, since
-  nothing is packed again at every call (512 x 51,865: one row 8 ms, four 8 against 21 ms, sixteen 9 against 24 ms);
+  nothing is packed again at every call (512 x 51,865: one row 8 ms, four 8 against 21 ms, sixteen 9 against 24 ms).
+  With AVX-512 a lone row of 2,048 inputs has other bits than several: it is padded to two;
 - MKL behind plain `F.linear`: the same bits for multiples of 4 rows only.
 
 So oneDNN is used where it is there and a probe at load finds its rows identical, and products in blocks of one fixed
@@ -15,20 +16,28 @@ shape else.
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable
+from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 _BLOCK_ROWS = 16
+_MIN_ROWS = (1, 2, 4)
 _PROBE_ROWS = (1, 2, 3, 5, 8, 17, 33)
 _MAX_PROBE_ROWS = 64
 # oneDNN packs weights for about so many rows; packed for 1, they would use another kernel for a lone row.
 _PACKED_FOR_ROWS = 16
+_INT8_MAX = 127.0
+_MIN_SCALE = 1e-8  # a row of zeros stays zeros
 
 
-_probed: dict[tuple[int, int], bool] = {}  # the answer depends on the machine and the shape, not on the weights
+_probed: dict[tuple[int, int], int | None] = {}  # the answer depends on the machine and the shape, not on the weights
+
+
+Arithmetic = Literal["float32", "bfloat16", "int8"]
+"""What matrix products are computed in."""
 
 
 class Linear(Protocol):
@@ -39,17 +48,36 @@ class Linear(Protocol):
         ...
 
 
-class PackedLinear:
-    """A linear layer by oneDNN with packed weights (CPU)."""
+LinearFactory = Callable[[Tensor, Tensor | None], Linear]
+"""Makes a layer of weight float32[outputs, inputs] and bias float32[outputs] or None."""
+
+
+class PlainLinear:
+    """A linear layer by `F.linear`, in the dtype of its weight (any device)."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _PACKED_FOR_ROWS)
+        self._weight = weight
         self._bias = bias
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Return float32[m, outputs] for contiguous `x` float32[m, inputs]."""
-        result: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
-        return result
+        """Return [..., outputs] for `x` [..., inputs]."""
+        return F.linear(x, self._weight, self._bias)
+
+
+class PackedLinear:
+    """A linear layer by oneDNN with packed weights (CPU). Fewer rows than `min_rows` are padded to so many."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, *, min_rows: int = 1) -> None:
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _PACKED_FOR_ROWS)
+        self._bias = bias
+        self._min_rows = min_rows
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return float32[..., outputs] for contiguous `x` float32[..., inputs]."""
+        num_rows = x.shape[-2]
+        padded = F.pad(x, (0, 0, 0, self._min_rows - num_rows)) if num_rows < self._min_rows else x
+        result: Tensor = torch.ops.mkldnn._linear_pointwise(padded, self._weight, self._bias, "none", [], "")
+        return result[..., :num_rows, :] if num_rows < self._min_rows else result
 
 
 class BlockedLinear:
@@ -67,20 +95,79 @@ class BlockedLinear:
         return torch.cat(blocks)[:num_rows]
 
 
+class Int8Linear:
+    """A linear layer in integers: weights by output, inputs by row, both symmetric in -127..127 (CPU).
+
+    The scale of a row is its own largest magnitude, found anew for every call (dynamic quantisation as in CTranslate2, or
+    LLM.int8() without outliers apart: Dettmers et al. 2022, https://arxiv.org/abs/2208.07339). Sums of integers are
+    exact, so a row's bits do not depend on what else is in the product.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        scale = weight.abs().amax(1).clamp_min_(_MIN_SCALE).div_(_INT8_MAX)
+        self._weight = (weight / scale[:, None]).round_().to(torch.int8).t()
+        self._scale = scale
+        self._bias = torch.zeros(weight.shape[0]) if bias is None else bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return float32[..., outputs] for `x` float32[..., inputs]."""
+        rows = x.reshape(-1, x.shape[-1])
+        scale = rows.abs().amax(-1, keepdim=True).clamp_min_(_MIN_SCALE).div_(_INT8_MAX)
+        quantised = (rows / scale).round_().to(torch.int8)
+        sums = torch._int_mm(quantised, self._weight).float().mul_(self._scale)
+        return torch.addcmul(self._bias, sums, scale).view(*x.shape[:-1], -1)
+
+
+class BFloat16Linear:
+    """A linear layer in bfloat16 with float32 input and output."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self._weight = weight.to(torch.bfloat16)
+        self._bias = None if bias is None else bias.to(torch.bfloat16)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return float32[..., outputs] for `x` float32[..., inputs]."""
+        return F.linear(x.to(torch.bfloat16), self._weight, self._bias).float()
+
+
+def reduced_linear(arithmetic: Arithmetic) -> LinearFactory:
+    """Return what makes linear layers in `arithmetic`, float32 outside: for partials, not for finals."""
+    return {"float32": fast_linear, "bfloat16": BFloat16Linear, "int8": Int8Linear}[arithmetic]
+
+
+def fast_linear(weight: Tensor, bias: Tensor | None = None) -> Linear:
+    """Return the fastest linear layer of `weight` [outputs, inputs] in its own dtype, for products of one shape."""
+    if weight.device.type == "cpu" and weight.dtype == torch.float32:
+        try:
+            return PackedLinear(weight, bias)
+        except (AttributeError, RuntimeError):
+            # As in `pack_linear`: a build without oneDNN.
+            pass
+    return PlainLinear(weight, bias)
+
+
 def pack_linear(weight: Tensor, bias: Tensor | None = None) -> Linear:
     """Return a row-independent linear layer of `weight` float32[outputs, inputs] and `bias` float32[outputs]."""
     if weight.device.type == "cpu" and weight.dtype == torch.float32:
+        shape = (weight.shape[0], weight.shape[1])
         try:
-            packed = PackedLinear(weight, bias)
-            shape = (weight.shape[0], weight.shape[1])
             if shape not in _probed:
-                _probed[shape] = are_rows_independent(packed, weight.shape[1])
-            if _probed[shape]:
-                return packed
+                _probed[shape] = _find_min_rows(weight)
+            min_rows = _probed[shape]
+            if min_rows is not None:
+                return PackedLinear(weight, bias, min_rows=min_rows)
         except (AttributeError, RuntimeError):
             # The operators belong to builds with oneDNN on x86; a build without them has the other way.
             pass
     return BlockedLinear(weight, bias)
+
+
+def _find_min_rows(weight: Tensor) -> int | None:
+    """Return from how many rows on oneDNN gives a row the same bits for any number of them; None if from none."""
+    for min_rows in _MIN_ROWS:
+        if are_rows_independent(PackedLinear(weight, None, min_rows=min_rows), weight.shape[1]):
+            return min_rows
+    return None
 
 
 def are_rows_independent(linear: Linear, num_inputs: int) -> bool:

@@ -56,8 +56,8 @@ class ModelParams(Params):
         default=None, max_length=256, description="commit, tag or branch of a hub id; without it, the main branch"
     )
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: cuda when there is one")
-    partial_dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        default="auto", description="arithmetic of partials; auto: bfloat16 where it is measured to be faster"
+    partial_dtype: Literal["auto", "float32", "bfloat16", "int8"] = Field(
+        default="auto", description="arithmetic of partials; auto: int8 or bfloat16 where it is measured to be faster"
     )
     encoder_threads: int = Field(default=0, ge=0, le=256, description="CPU threads of an encoder; 0: chosen at start")
     decoder_threads: int = Field(default=0, ge=0, le=256, description="CPU threads of a decoder; 0: chosen at start")

@@ -13,7 +13,8 @@ from pipeline.decode.embeddings_to_hypotheses import DecoderParts
 from pipeline.decode.runner import Lease, Pick, Row, RowResult, StartReading, TimedText
 from pipeline.errors import StageError
 from pipeline.items import Word
-from pipeline.models.device import choose_device
+from pipeline.models.device import Clock, choose_device, choose_partial_arithmetic
+from pipeline.models.linear import Arithmetic
 from pipeline.models.weights import ModelParams
 from pipeline.models.whisper.alignment import SAMPLES_PER_POSITION, token_times, words_from_times
 from pipeline.models.whisper.checkpoint import WhisperCheckpoint, load_checkpoint
@@ -23,7 +24,7 @@ from pipeline.models.whisper.tokenizer import WhisperTokenizer, load_tokenizer
 
 
 class WhisperRunner:
-    """Implements `pipeline.decode.runner.DecodeRunner`. All arithmetic is float32, every row exact (decoder.py)."""
+    """Implements `pipeline.decode.runner.DecodeRunner`; exact leases are float32, every row exact (decoder.py)."""
 
     def __init__(
         self,
@@ -33,12 +34,18 @@ class WhisperRunner:
         *,
         max_context_positions: int | None = None,
         device: torch.device | None = None,
+        partial_arithmetic: Arithmetic = "float32",
     ) -> None:
         config = checkpoint.config
         self._device = device or torch.device("cpu")
         self.decoder = WhisperDecoder(
-            checkpoint, num_slots, max_context_positions or config.max_source_positions, self._device
+            checkpoint,
+            num_slots,
+            max_context_positions or config.max_source_positions,
+            self._device,
+            partial_arithmetic,
         )
+        self.partial_dtype: str = partial_arithmetic
         self._tokenizer = tokenizer
         self._no_speech = tokenizer.no_speech
         # Of all special tokens and timestamps, only end-of-text may be picked; it is the first of them.
@@ -52,7 +59,7 @@ class WhisperRunner:
         # A token takes attention, twice, and an MLP of every layer; a position of context two projections.
         self.context_positions_per_token = max(1, (6 * config.width + 2 * config.decoder_ffn) // (2 * config.width))
 
-    def open(self, slot: int, embeddings: NDArray[np.float32], num_tokens: int) -> Lease:
+    def open(self, slot: int, embeddings: NDArray[np.float32], num_tokens: int, *, is_exact: bool) -> Lease:
         """Lease `slot` and project `embeddings` to its context keys and values.
 
         Raises:
@@ -60,18 +67,29 @@ class WhisperRunner:
         """
         with torch.inference_mode():
             # Copied: what arrives from another process may be read-only, which torch warns of.
-            return self.decoder.open(slot, torch.tensor(embeddings, device=self._device), num_tokens)
+            context = torch.tensor(embeddings, device=self._device)
+            return self.decoder.open(slot, context, num_tokens, is_exact=is_exact)
 
     def close(self, lease: Lease) -> None:
         """End `lease`."""
         self.decoder.memory.close(lease)
 
     def run(self, rows: Sequence[Row]) -> list[RowResult]:
-        """Run all `rows` in one forward pass; logits are computed for the wanted tokens only.
+        """Run all `rows`, the exact ones in one forward pass and the others in another.
+
+        Logits are computed for the wanted tokens only.
 
         Raises:
             StageError: if logits are not finite.
         """
+        results: dict[int, RowResult] = {}
+        for is_exact in (True, False):
+            chosen = [index for index, row in enumerate(rows) if row.lease.is_exact == is_exact]
+            if chosen:
+                results |= zip(chosen, self._run([rows[index] for index in chosen]), strict=True)
+        return [results[index] for index in range(len(rows))]
+
+    def _run(self, rows: Sequence[Row]) -> list[RowResult]:
         with torch.inference_mode():
             hidden = self.decoder.forward(rows)
             wanted, start = [], 0
@@ -81,7 +99,8 @@ class WhisperRunner:
                 start += len(row.tokens)
             if not wanted:
                 return [RowResult((), None) for _ in rows]
-            logits = self.decoder.logits(hidden[wanted] if len(wanted) < start else hidden).cpu().numpy()
+            chosen = hidden[wanted] if len(wanted) < start else hidden
+            logits = self.decoder.logits(chosen, is_exact=rows[0].lease.is_exact).cpu().numpy()
         return self._results(rows, logits)
 
     def words(self, lease: Lease, text: TimedText, num_audio_samples: int) -> tuple[Word, ...]:
@@ -133,13 +152,22 @@ def _logprob(logits: NDArray[np.float32], token: int) -> float:
     return logprob
 
 
-def load_parts(model: ModelParams, num_slots: int) -> DecoderParts:
+def load_parts(model: ModelParams, num_slots: int, clock: Clock | None = None) -> DecoderParts:
     """Read the decoder and the tokenizer of `model`; return them on the device that it asks for.
+
+    With a `clock`, "auto" measures which arithmetic partials get.
 
     Raises:
         WeightsHashError: if a pinned file is not the right one.
         ModelError: if the checkpoint is missing or unusable.
     """
     tokenizer = load_tokenizer(model)
-    runner = WhisperRunner(load_checkpoint(model, "decoder"), tokenizer, num_slots, device=choose_device(model))
+    device = choose_device(model)
+    runner = WhisperRunner(
+        load_checkpoint(model, "decoder"),
+        tokenizer,
+        num_slots,
+        device=device,
+        partial_arithmetic=choose_partial_arithmetic(model, device, clock),
+    )
     return DecoderParts(runner, WhisperPrompter(tokenizer))
