@@ -154,12 +154,28 @@ def test_how_far_behind_is_from_the_last_word_shown_to_the_last_word_said() -> N
     assert find_seconds_behind(STORY, SPOKEN) == 0.0
 
 
-def test_half_of_a_repeated_sentence_is_its_first_turn() -> None:
-    words = tuple(SpokenWord(unit, 1_000 * place, 1) for place, unit in enumerate(("one", "two", "three") * 3, start=1))
-    spoken = Spoken(" ".join(word.unit for word in words), "en", words, {1: UtteranceTimes(0, 9_000)})
-    views = seen((2_500, "one two", ""))
-    assert find_seconds_behind(views, spoken) == 7.0
-    assert measure_views(views, ANCHOR_MS, spoken).emission_lag_ms == [1_500, 500]
+THREE_TURNS = tuple(
+    SpokenWord(unit, 1_000 * place, 1) for place, unit in enumerate(("red", "green", "blue") * 3, start=1)
+)
+REPEATED = Spoken("red green blue " * 3, "en", THREE_TURNS, {1: UtteranceTimes(0, 9_000)})
+
+
+def test_what_a_stream_left_behind_has_shown_is_the_beginning() -> None:
+    views = seen((2_500, "red green", ""))
+    assert find_seconds_behind(views, REPEATED) == 7.0
+    assert measure_views(views, ANCHOR_MS, REPEATED, is_complete=False).emission_lag_ms == [1_500, 500]
+
+
+def test_what_a_whole_stream_has_lost_in_the_middle_moves_nothing_behind_it() -> None:
+    views = seen(
+        (3_500, "red green blue", ""),
+        (5_500, "red green blue red", ""),
+        (10_000, "red green blue red red green blue", ""),
+    )
+    result = measure_views(views, ANCHOR_MS, REPEATED)
+    assert result.words.num_deletions == 2
+    assert result.num_words_right == 7
+    assert result.emission_lag_ms == [2_500, 1_500, 500, 1_500, 3_000, 2_000, 1_000]
 
 
 def test_the_reference_takes_its_times_from_finals_matched_by_edits() -> None:

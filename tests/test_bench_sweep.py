@@ -96,8 +96,8 @@ def test_a_limit_that_one_stream_misses_is_told_and_the_others_are_not_hidden(op
     assert [(played.num_streams, played.missed) for played in report.rounds] == [(1, ("finalisation",))]
     assert report.largest_streams_by_limit["finalisation"] == 0
     assert report.largest_streams_by_limit["first_word"] == 1
-    (row,) = [line for line in shown(report).splitlines() if line.startswith("│       1 │")]
-    assert row.rstrip(" │").endswith("finalisation")
+    (row,) = [line for line in shown(report).splitlines() if line.split()[:1] == ["1"]]
+    assert row.rstrip().endswith(" finalisation")
 
 
 def test_the_starts_of_a_round_lie_within_one_cycle(options: LiveOptions) -> None:

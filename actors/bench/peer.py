@@ -223,7 +223,7 @@ class _Seen:
 def _judge(streams: Sequence[_Seen], spoken: Spoken, usage: ProcessUsage, audio_s: float) -> Side:
     total = ViewLatencies()
     for stream in streams:
-        total.add(measure_views(stream.views, stream.anchor_ms, spoken))
+        total.add(measure_views(stream.views, stream.anchor_ms, spoken, is_complete=stream.end == "done"))
     length_ms = 1_000 * audio_s / len(streams)
     return Side(
         latencies=total,

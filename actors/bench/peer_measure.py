@@ -109,7 +109,9 @@ def time_reference(
     return Spoken(text, language, tuple(words), utterances)
 
 
-def measure_views(views: Sequence[View], anchor_ms: float, spoken: Spoken) -> ViewLatencies:
+def measure_views(
+    views: Sequence[View], anchor_ms: float, spoken: Spoken, *, is_complete: bool = True
+) -> ViewLatencies:
     """Return the figures of one stream.
 
     Only words that the last view shows as the reference has them are timed: what was heard wrongly has no time at which
@@ -119,6 +121,8 @@ def measure_views(views: Sequence[View], anchor_ms: float, spoken: Spoken) -> Vi
         views: in the order in which they were seen.
         anchor_ms: wall time of media sample 0.
         spoken: what is said in the sound.
+        is_complete: whether the last view is of the whole sound. If not, it is matched with the beginning of the
+            reference that it fits best.
     """
     text = views[-1].text if views else ""
     result = ViewLatencies(
@@ -128,7 +132,11 @@ def measure_views(views: Sequence[View], anchor_ms: float, spoken: Spoken) -> Vi
     )
     final = _words(text)
     seen, committed = _first_times(views, final)
-    right = {place: other for other, place in match_beginning(final, [word.unit for word in spoken.words])}
+    units = [word.unit for word in spoken.words]
+    if is_complete:
+        right = {place: other for place, other in _pairs(units, final) if units[place] == final[other]}
+    else:
+        right = {place: other for other, place in match_beginning(final, units)}
     result.num_words_right = len(right)
     for place, other in right.items():
         end_ms = spoken.words[place].end_ms

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -76,26 +77,27 @@ def live_table(report: LiveReport) -> RenderableType:
 def sweep_table(report: SweepReport) -> RenderableType:
     """Return a table with a row for each round, by number of streams, and the largest numbers below it."""
     first = report.rounds[0].report
-    title = f"Live streams at once, {first.seconds:.0f} s each, {first.model}, runtime {first.runtime}; latencies in ms"
-    table = Table(title=title, title_justify="left")
+    title = f"Live streams at once, {first.seconds:.0f} s each, {first.model}, runtime {first.runtime}; latencies in s"
+    # Narrow: 80 columns are enough, with the verdict folded.
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for name in (
-        "streams",
+        "N",
         *(f"{latency}\np50 / p95" for latency in ("first word", "emission", "finalisation")),
         "cadence\nmean / p95",
         "WER",
-        "CPU s per\naudio s",
-        "MiB per\nstream",
+        "CPU s /\naudio s",
+        "MiB /\nstream",
     ):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("limits missed")
+        table.add_column(name, justify="right")
+    table.add_column("limits missed", overflow="fold")
     for played in sorted(report.rounds, key=lambda played: played.num_streams):
         figures = played.report.to_json()
         latencies = (figures[name] for name in ("first_word_ms", "emission_lag_ms", "finalisation_ms"))
         cadence = figures["cadence_ms"]
         table.add_row(
             str(played.num_streams),
-            *(f"{_whole(values['p50'])} / {_whole(values['p95'])}" for values in latencies),
-            f"{_whole(cadence['mean'])} / {_whole(cadence['p95'])}",
+            *(f"{_seconds(values['p50'])} / {_seconds(values['p95'])}" for values in latencies),
+            f"{_seconds(cadence['mean'])} / {_seconds(cadence['p95'])}",
             "-" if figures["wer"] is None else f"{100 * figures['wer']:.1f} %",
             f"{figures['cpu_s_per_audio_s']:.3f}",
             f"{figures['memory_mib_per_stream']:.1f}",
@@ -106,8 +108,8 @@ def sweep_table(report: SweepReport) -> RenderableType:
     lines = (
         f"largest number within all limits: {report.largest_streams}",
         f"largest number played that kept each limit alone: {alone}",
-        f"limits: p95 of finalisation {_whole(limits.max_finalisation_p95_ms)} ms, first word "
-        f"{_whole(limits.max_first_word_p95_ms)} ms, emission lag {_whole(limits.max_emission_lag_p95_ms)} ms; "
+        f"limits: p95 of finalisation {_seconds(limits.max_finalisation_p95_ms)} s, first word "
+        f"{_seconds(limits.max_first_word_p95_ms)} s, emission lag {_seconds(limits.max_emission_lag_p95_ms)} s; "
         f"WER {limits.max_wer_points:g} points above that of one stream; "
         f"{limits.max_finals_lost} finals lost; {limits.max_streams_failed} streams failed; all over in time",
     )
@@ -174,6 +176,10 @@ def _in_words(limits: tuple[str, ...]) -> str:
 
 def _whole(value_ms: float | None) -> str:
     return "-" if value_ms is None else f"{value_ms:,.0f}"
+
+
+def _seconds(value_ms: float | None) -> str:
+    return "-" if value_ms is None else f"{value_ms / 1_000:.2f}"
 
 
 def _arrow(difference: Difference) -> str:

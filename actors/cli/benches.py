@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 DEFAULT_STREAMS = 4
 DEFAULT_STAGGER_MS = 1_000
 
+_FILE_WIDTH_CHARS = 120
+
 
 def accuracy(settings: Settings, media: Path, *, is_given: bool, is_json: bool) -> None:
     """Measure word error rates over the recordings of a folder.
@@ -136,7 +138,8 @@ def show_bar() -> Iterator[Callable[[str, int, int], None]]:
 
 def print_report(table: RenderableType, values: dict[str, Any], *, is_json: bool) -> None:
     """Print `table`, and `values` as one line of JSON behind it if asked for."""
-    console = Console(file=sys.stdout)
+    # A file or pipe has no width of its own, and what a table leaves out for want of it is lost.
+    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else _FILE_WIDTH_CHARS)
     console.print(table)
     if is_json:
         print(json.dumps(values, ensure_ascii=False))  # noqa: T201 - the command line's own output
