@@ -109,8 +109,9 @@ class Snapshot:
     """An utterance as heard so far, self-contained: any replica can serve it.
 
     `samples` is int16[n] from `start_sample` on. `language` None means: detect it, among `languages` if that is not
-    empty. `draft` holds the tokens of the last transcription of the same utterance, to be verified; it changes
-    speed, never text.
+    empty. `prefix` holds text tokens that are known to stand at the beginning of these samples: the hypothesis goes on
+    from them. `draft` holds the tokens of the last transcription behind the prefix, to be verified; it changes speed,
+    never text. `wants_words`: word times are wanted of a partial too.
     """
 
     key: SnapshotKey
@@ -122,6 +123,8 @@ class Snapshot:
     languages: tuple[str, ...]
     draft: tuple[int, ...]
     tasks: tuple[Task, ...]
+    prefix: tuple[int, ...] = ()
+    wants_words: bool = False
 
     @property
     def end_sample(self) -> int:
@@ -153,6 +156,8 @@ class DecodeRequest:
     draft: tuple[int, ...]
     tasks: tuple[Task, ...]
     deadline_in_ms: float | None = None
+    prefix: tuple[int, ...] = ()
+    wants_words: bool = False
 
     @classmethod
     def of(cls, snapshot: Snapshot, deadline_in_ms: float | None = None) -> Self:
@@ -163,6 +168,8 @@ class DecodeRequest:
             language=snapshot.language,
             languages=snapshot.languages,
             draft=snapshot.draft,
+            prefix=snapshot.prefix,
+            wants_words=snapshot.is_final or snapshot.wants_words,
             tasks=snapshot.tasks,
             deadline_in_ms=deadline_in_ms,
         )
@@ -170,19 +177,21 @@ class DecodeRequest:
 
 @dataclass(frozen=True, slots=True)
 class Word:
-    """One word; times are samples relative to the snapshot's first sample."""
+    """One word, made of `num_tokens` text tokens; times are samples relative to the snapshot's first sample."""
 
     text: str
     start_sample: int
     end_sample: int
     probability: float
+    num_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Hypothesis:
     """What the decoder answers for one snapshot and one task.
 
-    `tokens` are text tokens only (they are the next draft). `words` is filled for final transcriptions. `guard` names
+    `tokens` are text tokens only, the prefix included (they are the next draft). `words` is filled for transcriptions
+    that words are wanted of. `guard` names
     the guard that fired: the text is then already cut (or empty), and the tokens must not become a draft.
     """
 

@@ -36,6 +36,7 @@ from pipeline.records import BaseRecord, FinalRecord, HealthRecord
 from pipeline.stream_params import AUTO, NUM_OPENING_SNAPSHOTS, StreamParams
 from pipeline.text.hypotheses_to_records import Tier, Utterance, to_partial
 from pipeline.text.in_order import InOrder
+from pipeline.text.partial_window import PartialWindow
 from pipeline.text.stable_prefix import StablePrefix
 from pipeline.text.transcripts_to_summaries import TranscriptsToSummaries
 from pipeline.timebase import ms_to_samples, samples_to_ms
@@ -44,6 +45,8 @@ _NUM_OPENING_PARTIALS = 2
 """So many partials of an utterance are shown at the minimum cadence: the first has often a wrong first word."""
 _NEW_SPEECH_MS = 160
 """Less new speech than a syllable changes no word."""
+_MIN_ADVANCE_MS = 500
+"""A partial's window is not moved by less than this: word times cost a little too."""
 _PAUSE_MS = 160
 """Longer than a stop consonant is silent: a word has ended."""
 _LAST_SPEECH_MS = 80
@@ -73,8 +76,11 @@ class _OpenUtterance:
     snapshot_end_sample: int = 0
     num_shown: int = 0
     language: str | None = None
-    draft: tuple[int, ...] = ()
     stable: StablePrefix = field(default_factory=StablePrefix)
+    window: PartialWindow = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.window = PartialWindow(self.start_sample)
 
     @property
     def is_opening(self) -> bool:
@@ -212,9 +218,10 @@ class Stream:
         return snapshot
 
     def _snapshot(self, utterance: _OpenUtterance, end_sample: int, *, is_final: bool) -> Snapshot:
-        captions = self.params.captions
+        captions, window = self.params.captions, utterance.window
         utterance.revision += 1
         language = None if captions.language == AUTO else captions.language
+        start_sample = utterance.start_sample if is_final else window.start_sample
         if not is_final:
             # A final detects anew from its own sound, so that it never depends on when partials were made.
             language = language or utterance.language
@@ -222,13 +229,21 @@ class Stream:
             key=SnapshotKey(self.stream_id, utterance.number, utterance.revision),
             channel=utterance.channel,
             is_final=is_final,
-            start_sample=utterance.start_sample,
-            samples=self._tails[utterance.channel].slice(utterance.start_sample, end_sample),
+            start_sample=start_sample,
+            samples=self._tails[utterance.channel].slice(start_sample, end_sample),
             language=language,
             languages=captions.languages,
-            draft=utterance.draft,
+            draft=window.tokens if is_final else window.draft,
             tasks=tasks_of(captions.translate_to, is_final=is_final),
+            prefix=() if is_final else window.prefix,
+            wants_words=not is_final and self._may_advance(utterance, end_sample),
         )
+
+    def _may_advance(self, utterance: _OpenUtterance, end_sample: int) -> bool:
+        # A language that may still turn out to be another one would take its words with it.
+        has_language = utterance.language is not None or self.params.captions.language != AUTO
+        room_samples = ms_to_samples(self.params.snapshots.window_ms + _MIN_ADVANCE_MS)
+        return has_language and end_sample - utterance.window.start_sample >= room_samples
 
     # -- outcomes in ------------------------------------------------------------------------------
 
@@ -247,11 +262,14 @@ class Stream:
         utterance.in_flight_revision = None
         if isinstance(outcome, Failure) or outcome.guard is not None:
             return
-        utterance.draft = outcome.tokens
+        window = utterance.window
+        window.accept(outcome)
         heard_samples = utterance.snapshot_end_sample - utterance.start_sample
         if heard_samples >= ms_to_samples(self.params.snapshots.keep_language_after_ms):
             utterance.language = outcome.language
-        shown, stable_chars = utterance.stable.revise(outcome.text)
+        shown, stable_chars = utterance.stable.revise(window.whole_text(outcome.text))
+        keep_samples = ms_to_samples(self.params.snapshots.window_ms)
+        window.advance(outcome, utterance.stable.num_units, utterance.snapshot_end_sample, keep_samples)
         if shown:
             utterance.num_shown += 1
             seen = self._describe(utterance, utterance.snapshot_end_sample)

@@ -31,6 +31,12 @@ class SnapshotParams(Params):
         default=2_000, ge=160, le=10_000, description="the same in live streams while the stages are busy"
     )
     min_speech_ms: int = Field(default=640, ge=320, le=5_000, description="no partial before this much speech")
+    window_ms: int = Field(
+        default=2_500,
+        ge=1_000,
+        le=30_000,
+        description="sound that a partial looks at, at least; what lies before it and is stable is not heard again",
+    )
     keep_language_after_ms: int = Field(
         default=3_000, ge=0, le=30_000, description="partials longer than this keep the language detected before"
     )

@@ -29,7 +29,7 @@ from pipeline.items import (
     Task,
     TaskKind,
 )
-from pipeline.models.linear import BlockedLinear, PackedLinear, are_rows_independent
+from pipeline.models.linear import BlockedLinear, Int8Linear, are_rows_independent, pack_linear
 from pipeline.models.weights import ModelParams
 from pipeline.models.whisper.checkpoint import load_checkpoint
 from pipeline.models.whisper.decoder import WhisperDecoder
@@ -442,11 +442,28 @@ def test_silence_and_noise_give_no_text(media: Path, kind: str) -> None:
 def test_both_kinds_of_linear_layer_have_independent_rows_and_agree(shape: tuple[int, int]) -> None:
     generator = torch.Generator().manual_seed(1)
     weight, bias = torch.randn(shape, generator=generator) * 0.02, torch.randn(shape[0], generator=generator)
-    packed, blocked = PackedLinear(weight, bias), BlockedLinear(weight, bias)
+    packed, blocked = pack_linear(weight, bias), BlockedLinear(weight, bias)
     x = torch.randn(37, shape[1], generator=generator)
     for linear in (packed, blocked):
         assert are_rows_independent(linear, shape[1])
         assert (linear(x) - torch.nn.functional.linear(x, weight, bias)).abs().max() < 1e-4
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("shape", [(96, 32), (1_536, 512), (512, 2_048)], ids=str)
+def test_a_layer_in_integers_has_independent_rows_and_is_near(shape: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(1)
+    weight, bias = torch.randn(shape, generator=generator) * 0.02, torch.randn(shape[0], generator=generator)
+    linear = Int8Linear(weight, bias)
+    assert are_rows_independent(linear, shape[1])
+    x = torch.randn(5, 7, shape[1], generator=generator)
+    x[0, 0] = 0.0
+    x[1, 1] *= 1_000.0  # a row's scale is its own: loud ones do not drown others
+    exact = torch.nn.functional.linear(x, weight, bias)
+    near = linear(x)
+    assert torch.equal(near[0, 0], bias)
+    errors = (near - exact).norm(dim=-1) / (exact - bias).norm(dim=-1).clamp_min(1e-6)
+    assert errors.max() < 0.03
 
 
 def test_a_plain_matrix_product_does_not_have_independent_rows_here() -> None:

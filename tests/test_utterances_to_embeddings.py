@@ -17,7 +17,14 @@ from pipeline.audio.encoder_window import EncoderCost, EncoderParams
 from pipeline.audio.utterances_to_embeddings import UtterancesToEmbeddings
 from pipeline.errors import ModelError
 from pipeline.items import Embeddings, Failure, FailureKind, Snapshot, SnapshotKey
-from pipeline.models.device import choose_device, choose_partial_dtype, has_bfloat16_units, is_bfloat16_faster
+from pipeline.models.device import (
+    choose_device,
+    choose_partial_arithmetic,
+    has_bfloat16_units,
+    has_int8_units,
+    is_faster,
+)
+from pipeline.models.linear import Arithmetic
 from pipeline.models.weights import ModelParams
 from pipeline.models.whisper.checkpoint import load_checkpoint
 from pipeline.models.whisper.encoder import WhisperEncoder
@@ -162,9 +169,12 @@ def test_silence_and_full_scale_are_encoded(stage: UtterancesToEmbeddings) -> No
         assert isinstance(outcome, Embeddings)
 
 
-def test_partials_may_be_bfloat16_and_finals_never_are(model: ModelParams, stage: UtterancesToEmbeddings) -> None:
-    rough = UtterancesToEmbeddings(model.model_copy(update={"partial_dtype": "bfloat16"}), EncoderParams())
-    assert (rough.partial_dtype, rough.final_dtype, rough.device) == ("bfloat16", "float32", "cpu")
+@pytest.mark.parametrize("arithmetic", ["bfloat16", "int8"])
+def test_partials_may_be_rough_and_finals_never_are(
+    model: ModelParams, stage: UtterancesToEmbeddings, arithmetic: Arithmetic
+) -> None:
+    rough = UtterancesToEmbeddings(model.model_copy(update={"partial_dtype": arithmetic}), EncoderParams())
+    assert (rough.partial_dtype, rough.final_dtype, rough.device) == (arithmetic, "float32", "cpu")
     partial, final = (rough.encode([snapshot(8_000, is_final=is_final)])[0] for is_final in (False, True))
     exact = stage.encode([snapshot(8_000)])[0]
     assert isinstance(partial, Embeddings)
@@ -202,19 +212,26 @@ class Ticks:
         return self._now_s
 
 
-def test_bfloat16_is_chosen_only_where_it_is_clearly_faster() -> None:
+@pytest.mark.parametrize("arithmetic", ["bfloat16", "int8"])
+def test_a_reduced_arithmetic_is_chosen_only_where_it_is_clearly_faster(arithmetic: Arithmetic) -> None:
     # Two looks for each product, three products for each dtype, float32 first.
     fast, slow = [0.0, 0.010], [0.0, 0.030]
-    assert is_bfloat16_faster(CPU, Ticks(slow * 3 + fast * 3))
-    assert not is_bfloat16_faster(CPU, Ticks(fast * 3 + slow * 3))
-    assert not is_bfloat16_faster(CPU, Ticks(fast * 6))
+    assert is_faster(arithmetic, CPU, Ticks(slow * 3 + fast * 3))
+    assert not is_faster(arithmetic, CPU, Ticks(fast * 3 + slow * 3))
+    assert not is_faster(arithmetic, CPU, Ticks(fast * 6))
 
 
-def test_a_machine_without_bfloat16_arithmetic_computes_in_float32() -> None:
-    if not has_bfloat16_units(CPU):
-        assert choose_partial_dtype(ModelParams(), CPU, time.perf_counter) == torch.float32
-    assert choose_partial_dtype(ModelParams(), CPU) == torch.float32
-    assert choose_partial_dtype(ModelParams(partial_dtype="bfloat16"), CPU) == torch.bfloat16
+def test_a_machine_without_units_for_it_never_chooses_a_reduced_arithmetic() -> None:
+    possible = {"float32", *(["bfloat16"] * has_bfloat16_units(CPU)), *(["int8"] * has_int8_units(CPU))}
+    assert choose_partial_arithmetic(ModelParams(), CPU, time.perf_counter) in possible
+    assert choose_partial_arithmetic(ModelParams(), CPU) == "float32"
+    assert choose_partial_arithmetic(ModelParams(partial_dtype="bfloat16"), CPU) == "bfloat16"
+    assert choose_partial_arithmetic(ModelParams(partial_dtype="int8"), CPU) == "int8"
+
+
+def test_integers_are_for_cpus() -> None:
+    with pytest.raises(ModelError, match="for CPUs, not for cuda"):
+        choose_partial_arithmetic(ModelParams(partial_dtype="int8"), torch.device("cuda"))
 
 
 def test_costs_grow_with_the_window_and_follow_the_measurement(model: ModelParams) -> None:

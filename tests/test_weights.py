@@ -177,7 +177,7 @@ def test_hashing_an_empty_or_unreadable_file(tmp_path: Path) -> None:
 
 
 def test_parameters_refuse_unknown_keys_and_impossible_values() -> None:
-    for values in ({"nmae": "x"}, {"device": "tpu"}, {"encoder_threads": -1}, {"partial_dtype": "int8"}, {"name": ""}):
+    for values in ({"nmae": "x"}, {"device": "tpu"}, {"encoder_threads": -1}, {"partial_dtype": "int4"}, {"name": ""}):
         with pytest.raises(ValidationError):
             ModelParams.model_validate(values)
 

@@ -120,7 +120,7 @@ def test_a_window_is_the_same_alone_and_among_others(tmp_path: Path) -> None:
 def test_bfloat16_is_close_to_float32(tmp_path: Path) -> None:
     encoder, _ = tiny_pair(tmp_path)
     checkpoint = load_checkpoint(ModelParams(name=str(tmp_path)), "encoder")
-    rough = WhisperEncoder(checkpoint, dtype=torch.bfloat16)
+    rough = WhisperEncoder(checkpoint, arithmetic="bfloat16")
     mels = features(1, 100)
     embeddings = rough(mels)
     assert embeddings.dtype == torch.bfloat16

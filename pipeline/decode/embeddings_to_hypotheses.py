@@ -259,7 +259,10 @@ class DecodeEngine:
             raise ValueError("the embeddings have values that are not finite")
         guess = self._guesses.get(request.key.stream_id)
         prompt = self._prompter.prompt(TRANSCRIBE, request.language, request.languages, guess)
-        room = runner.max_tokens - _MAX_PROMPT_TOKENS - 1
+        prompt = replace(prompt, prefix=request.prefix)
+        room = runner.max_tokens - _MAX_PROMPT_TOKENS - len(request.prefix) - 1
+        if room < 1:
+            raise ValueError(f"a prefix of {len(request.prefix)} tokens leaves no room for text")
         max_new_tokens = min(room, token_cap(embeddings.num_audio_samples, self._params.guards))
         limits = Limits(max_new_tokens, self._prompter.eot, self._params.guards)
         sequence = TokenSequence(prompt, request.draft, limits, self._prompter.decode)
@@ -285,7 +288,7 @@ class DecodeEngine:
 
     def _row(self, active: _Active, piece: Piece[SnapshotKey]) -> tuple[_Active, Feed, Row]:
         if active.lease is None:
-            num_tokens = _MAX_PROMPT_TOKENS + active.limits.max_new_tokens + 1
+            num_tokens = _MAX_PROMPT_TOKENS + len(active.request.prefix) + active.limits.max_new_tokens + 1
             active.lease = self._runner.open(
                 piece.slot, active.embeddings.values, num_tokens, is_exact=active.request.is_final
             )
@@ -323,7 +326,7 @@ class DecodeEngine:
         request, sequence = active.request, active.sequence
         language = self._prompter.language_of_prompt(sequence.prompt)
         words: tuple[Word, ...] = ()
-        if request.is_final and active.task.kind is TaskKind.TRANSCRIBE and active.lease is not None:
+        if request.wants_words and active.task.kind is TaskKind.TRANSCRIBE and active.lease is not None:
             text = TimedText(sequence.prompt, sequence.tokens, sequence.logprobs, language)
             words = self._runner.words(active.lease, text, active.embeddings.num_audio_samples)
         if request.language is None:

@@ -2,8 +2,9 @@
 
 The draft is fed behind the prompt in the same pass. Every fed token gives a pick for the place behind it; as long as
 the next fed token is that pick, it was right and its own pick counts too; from the first other token on, what was fed
-is forgotten. So the accepted tokens are those of greedy decoding without a draft, in fewer passes. A language that is
-not known is verified the same way: the guess is fed as if it were known.
+is forgotten, and the rest of the draft is fed again once a pick is found in its beginning. So the accepted tokens are
+those of greedy decoding without a draft, in fewer passes. A language that is not known is verified the same way: the
+guess is fed as if it were known.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from pipeline.decode.runner import Pick, RowResult, StartReading
 # The compression test needs the text; it is made at the end and whenever so many tokens were added.
 _COMPRESSION_TEST_TOKENS = 16
 _LANGUAGE_PLACE = 1
+# How far behind the place where a draft was left its text is looked for again: two or three words.
+_RESUME_WITHIN = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,10 +37,12 @@ class Prompt:
     """The special tokens before the text: start, language, task.
 
     If `language_choices` is not empty, the language is to be detected among these; the one in `tokens` is a guess.
+    `prefix` holds text tokens that are given: the text goes on from them.
     """
 
     tokens: tuple[int, ...]
     language_choices: tuple[int, ...] = ()
+    prefix: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +83,7 @@ class TokenSequence:
         start: StartReading | None = None,
     ) -> None:
         self._prompt = list(prompt.tokens)
+        self._prefix = _text_only(prompt.prefix, limits)
         self._choices = prompt.language_choices
         self._draft = _text_only(draft, limits)
         self._limits = limits
@@ -107,7 +113,7 @@ class TokenSequence:
     @property
     def num_resume_tokens(self) -> int:
         """Tokens to feed if the memory is lost (`restart`)."""
-        return len(self._prompt) + max(len(self._tokens), len(self._draft))
+        return len(self._prompt) + len(self._prefix) + max(len(self._tokens), len(self._draft))
 
     @property
     def prompt(self) -> tuple[int, ...]:
@@ -116,13 +122,13 @@ class TokenSequence:
 
     @property
     def tokens(self) -> tuple[int, ...]:
-        """Text tokens accepted, without what a guard cut off."""
-        return tuple(self._tokens)
+        """The prefix and the text tokens accepted, without what a guard cut off."""
+        return (*self._prefix, *self._tokens)
 
     @property
     def logprobs(self) -> tuple[float, ...]:
-        """The log-probability of each of `tokens`."""
-        return tuple(self._logprobs)
+        """The log-probability of each of `tokens`; that of the prefix is 0."""
+        return (*(0.0 for _ in self._prefix), *self._logprobs)
 
     @property
     def guard(self) -> str | None:
@@ -142,9 +148,9 @@ class TokenSequence:
     def feed(self, num_tokens: int) -> Feed:
         """Return the next up to `num_tokens` tokens to feed."""
         tokens = tuple(self._pending[:num_tokens])
-        last_prompt_place = len(self._prompt) - 1
+        last_prompt_place = len(self._prompt) + len(self._prefix) - 1
         pick_from = min(len(tokens), max(0, last_prompt_place - self._position))
-        is_begin = self._position + pick_from == last_prompt_place
+        is_begin = not self._prefix and self._position + pick_from == last_prompt_place
         return Feed(self._position, tokens, pick_from, is_begin, reads_start=self._position == 0)
 
     def account(self, feed: Feed, result: RowResult) -> None:
@@ -161,7 +167,7 @@ class TokenSequence:
             behind = index + 1
             if behind >= len(self._pending) or self._pending[behind] != pick.token:
                 self._position += behind
-                self._pending = [pick.token]
+                self._go_on(pick.token, self._pending[behind:] or self._rest)
                 return
         self._position += len(feed.tokens)
         del self._pending[: len(feed.tokens)]
@@ -174,13 +180,25 @@ class TokenSequence:
 
     def _begin(self, num_cached: int) -> None:
         self._position = num_cached
-        self._pending = self._prompt[num_cached:] + self._draft
+        self._pending = (self._prompt + self._prefix)[num_cached:] + self._draft
         self._tokens, self._logprobs = [], []
         self._sum_logprob = 0.0
         self._num_decoded = 0
+        self._rest: list[int] = []  # of a draft that was left: it may fit again
         self._loops = LoopDetector(self._limits.guards)
         self._guard = None
         self._is_finished = False
+
+    def _go_on(self, token: int, rest: list[int]) -> None:
+        """Feed `token` next and, if it is the beginning of what is left of the draft, what follows it there.
+
+        A word that became another one costs a pass or two, not the draft of all that follows.
+        """
+        if token in rest[:_RESUME_WITHIN]:
+            rest = rest[rest.index(token) + 1 :]
+            self._pending, self._rest = [token, *rest], []
+        else:
+            self._pending, self._rest = [token], rest
 
     def _settle_language(self) -> bool:
         """Put the detected language into the prompt; return whether it is the one that was fed."""
@@ -213,8 +231,9 @@ class TokenSequence:
     def _finish(self) -> None:
         self._is_finished = True
         self._test_compression()
-        text = self._decode(self._tokens)
+        text = self._decode(self.tokens)
         if is_silence(text, self._no_speech_probability, self.average_logprob, self._limits.guards):
+            self._prefix = []
             self._cut(0, SILENCE)
 
     @property
@@ -235,7 +254,7 @@ class TokenSequence:
 
 
 def _text_only(draft: Sequence[int], limits: Limits) -> list[int]:
-    """Return the start of `draft` up to what cannot be text or would pass the cap; the rest could never be accepted."""
+    """Return the start of `draft` up to what cannot be text or would pass the cap: the rest could never be accepted."""
     tokens: list[int] = []
     for token in draft[: limits.max_new_tokens]:
         if not 0 <= token < limits.eot:

@@ -43,6 +43,11 @@ class StablePrefix:
     _stable: list[str] = field(default_factory=list)
     _previous: list[str] = field(default_factory=list)
 
+    @property
+    def num_units(self) -> int:
+        """How many units are stable."""
+        return len(self._stable)
+
     def revise(self, text: str) -> tuple[str, int]:
         """Take the next hypothesis; return the text to show and how many of its characters are stable.
 

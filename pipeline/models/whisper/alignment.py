@@ -93,6 +93,7 @@ def words_from_times(
         start = min(max(start, earliest), num_audio_samples)
         end = min(max(end, start), num_audio_samples)
         probability = sum(math.exp(logprobs[i]) for i in word.token_indices) / len(word.token_indices)
-        result.append(Word(word.text.strip(), start, end, min(1.0, probability)))
+        num_tokens = len(word.token_indices)
+        result.append(Word(word.text.strip(), start, end, min(1.0, probability), num_tokens))
         earliest = end
     return tuple(result)
