@@ -169,7 +169,7 @@ class DecodeRequest:
             languages=snapshot.languages,
             draft=snapshot.draft,
             prefix=snapshot.prefix,
-            wants_words=snapshot.is_final or snapshot.wants_words,
+            wants_words=snapshot.wants_words,
             tasks=snapshot.tasks,
             deadline_in_ms=deadline_in_ms,
         )

@@ -326,7 +326,7 @@ class DecodeEngine:
         request, sequence = active.request, active.sequence
         language = self._prompter.language_of_prompt(sequence.prompt)
         words: tuple[Word, ...] = ()
-        if request.wants_words and active.task.kind is TaskKind.TRANSCRIBE and active.lease is not None:
+        if (request.is_final or request.wants_words) and active.task.kind is TaskKind.TRANSCRIBE and active.lease is not None:
             text = TimedText(sequence.prompt, sequence.tokens, sequence.logprobs, language)
             words = self._runner.words(active.lease, text, active.embeddings.num_audio_samples)
         if request.language is None:
