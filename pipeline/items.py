@@ -182,8 +182,9 @@ class Word:
 class Hypothesis:
     """What the decoder answers for one snapshot and one task.
 
-    `tokens` are text tokens only (they are the next draft). `words` is filled for final transcriptions. `guard` names
-    the guard that fired: the text is then already cut (or empty), and the tokens must not become a draft.
+    `tokens` are text tokens only (they are the next draft). `words` is filled for transcriptions: of finals, and of
+    partials with so few tokens that they may have passed over speech. `guard` names the guard that fired: the text is
+    then already cut (or empty), and the tokens must not become a draft.
     """
 
     key: SnapshotKey

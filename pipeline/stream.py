@@ -13,7 +13,7 @@ it wants them.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from pipeline.audio.chunks_to_utterances import Checkpoint, ChunksToUtterances, VadParams
@@ -24,6 +24,7 @@ from pipeline.items import (
     Chunk,
     Failure,
     Gap,
+    Hypothesis,
     Outcome,
     Snapshot,
     SnapshotKey,
@@ -36,7 +37,8 @@ from pipeline.records import BaseRecord, FinalRecord, HealthRecord
 from pipeline.stream_params import AUTO, NUM_OPENING_SNAPSHOTS, StreamParams
 from pipeline.text.hypotheses_to_records import Tier, Utterance, to_partial
 from pipeline.text.in_order import InOrder
-from pipeline.text.stable_prefix import StablePrefix
+from pipeline.text.skipped_speech import num_units_before_skipped
+from pipeline.text.stable_prefix import Heard, StablePrefix
 from pipeline.text.transcripts_to_summaries import TranscriptsToSummaries
 from pipeline.timebase import ms_to_samples, samples_to_ms
 
@@ -68,13 +70,13 @@ class _OpenUtterance:
     onset_sample: int
     speech_end_sample: int
     new_speech_samples: int  # since the last snapshot; counts every chunk to the end of its last speech
+    stable: StablePrefix
     revision: int = 0
     in_flight_revision: int | None = None
     snapshot_end_sample: int = 0
     num_shown: int = 0
     language: str | None = None
     draft: tuple[int, ...] = ()
-    stable: StablePrefix = field(default_factory=StablePrefix)
 
     @property
     def is_opening(self) -> bool:
@@ -245,17 +247,26 @@ class Stream:
 
     def _accept_partial(self, utterance: _OpenUtterance, outcome: Outcome) -> None:
         utterance.in_flight_revision = None
-        if isinstance(outcome, Failure) or outcome.guard is not None:
+        if isinstance(outcome, Failure):
+            return
+        if outcome.guard is not None:
+            self._publish_partial(utterance, outcome, utterance.stable.show_doubtful(outcome.text))
             return
         utterance.draft = outcome.tokens
         heard_samples = utterance.snapshot_end_sample - utterance.start_sample
         if heard_samples >= ms_to_samples(self.params.snapshots.keep_language_after_ms):
             utterance.language = outcome.language
-        shown, stable_chars = utterance.stable.revise(outcome.text)
-        if shown:
+        heard = _heard(utterance, outcome, self.params)
+        if self._publish_partial(utterance, outcome, utterance.stable.revise(outcome.text, heard)):
             utterance.num_shown += 1
-            seen = self._describe(utterance, utterance.snapshot_end_sample)
-            self._records.append(to_partial(seen, outcome, shown, stable_chars))
+
+    def _publish_partial(self, utterance: _OpenUtterance, outcome: Hypothesis, seen: tuple[str, int] | None) -> bool:
+        """Publish what is to be seen of `outcome`, text and stable characters; return whether there was any text."""
+        if seen is None or not seen[0]:
+            return False
+        described = self._describe(utterance, utterance.snapshot_end_sample)
+        self._records.append(to_partial(described, outcome, *seen))
+        return True
 
     def _accept_final(self, closed: FinalInProgress, outcome: Outcome) -> None:
         for task, record in closed.accept(outcome):
@@ -314,6 +325,7 @@ class Stream:
                 event.onset_sample,
                 speech_end_sample,
                 new_speech_samples=speech_end_sample - event.onset_sample,
+                stable=StablePrefix(self.params.vad.hard_limit_ms - self.params.vad.cut_search_ms),
             )
             self._next_utterance += 1
             return
@@ -352,6 +364,18 @@ class Stream:
     def _emit_health(self, event: Literal["started", "resumed"]) -> None:
         now_ms = samples_to_ms(self._end_sample)
         self._records.append(HealthRecord(stream=self.stream_id, event=event, start_ms=now_ms, end_ms=now_ms))
+
+
+def _heard(utterance: _OpenUtterance, hypothesis: Hypothesis, params: StreamParams) -> Heard:
+    """Return what the stable prefix needs to know of the sound of the partial that was in flight."""
+    length_samples = utterance.snapshot_end_sample - utterance.start_sample
+    pause_ms = samples_to_ms(utterance.snapshot_end_sample - utterance.speech_end_sample)
+    speech_end_sample = min(utterance.speech_end_sample - utterance.start_sample, length_samples)
+    return Heard(
+        samples_to_ms(length_samples),
+        has_paused=pause_ms >= _PAUSE_MS,
+        num_certain=num_units_before_skipped(hypothesis, speech_end_sample, params.skipped_speech),
+    )
 
 
 def _history_ms(vad: VadParams) -> int:
