@@ -95,7 +95,7 @@ async def test_after_a_crash_others_play_on_and_the_next_source_has_another_zygo
         async with ContainerSource(speech, pace=Pace.FAST, processes=processes) as later:
             assert zygote_of(later) != first
             assert await num_samples_of(later) == await num_samples_of(other)
-    async with ContainerSource(speech, processes=processes) as last:
+    async with ContainerSource(speech, pace=Pace.FAST, processes=processes) as last:
         assert zygote_of(last) != first
         os.kill(zygote_of(last), signal.SIGKILL)  # makes room for a third, which takes leave of those before it
         with pytest.raises(MediaError, match="killed by signal 9"):
