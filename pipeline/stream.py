@@ -375,6 +375,7 @@ def _heard(utterance: _OpenUtterance, hypothesis: Hypothesis, params: StreamPara
         samples_to_ms(length_samples),
         has_paused=pause_ms >= _PAUSE_MS,
         num_certain=num_units_before_skipped(hypothesis, speech_end_sample, params.skipped_speech),
+        average_logprob=hypothesis.average_logprob,
     )
 
 

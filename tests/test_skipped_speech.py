@@ -115,7 +115,10 @@ def test_a_sentence_that_stands_beside_the_stretch_is_not_put_in_again():
     )
     [stretch] = find_skipped(final.words, int(16_000 * 4.8), PARAMS)
     look = hypothesis(("Process,", 0.0, 0.6), ("the", 0.9, 1.1), ("child", 1.1, 1.6), ("hurt.", 1.6, 2.2))
-    assert put_in(final, look, stretch, int(16_000 * 0.6)) is None
+    whole = put_in(final, look, stretch, int(16_000 * 0.6))
+    assert whole is not None
+    assert whole.text == "by similar Process, the child hurt. Sunday"
+    assert [seconds(s) for s in find_skipped(whole.words, int(16_000 * 4.8), PARAMS)] == [(2.8, 4.2)]
     behind = hypothesis(("similar", 0.1, 0.5), ("process,", 0.5, 0.9), ("a", 0.9, 1.0), ("thin", 1.0, 1.5))
     hole = Stretch(int(16_000 * 0.6), int(16_000 * 2.0), 3, 3)
     whole = put_in(final, behind, hole, 0)

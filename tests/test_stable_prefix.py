@@ -106,6 +106,14 @@ def test_words_that_may_still_be_cut_off_do_not_become_stable() -> None:
         assert prefix.stable("one two three four five six") == "one two three four"
 
 
+def test_an_unsure_hypothesis_makes_nothing_stable() -> None:
+    prefix = StablePrefix()
+    prefix.revise("sempre la radio", Heard(2_000, average_logprob=-0.2))
+    assert prefix.revise("sempre la radio non", Heard(2_640, average_logprob=-1.0)) == ("sempre la radio non", 0)
+    shown, stable_chars = prefix.revise("sempre la radio nacque", Heard(3_280, average_logprob=-0.2))
+    assert shown[:stable_chars] == "sempre la radio"
+
+
 def test_a_doubtful_text_is_shown_but_is_no_evidence() -> None:
     prefix = Growing()
     assert prefix.show_doubtful("Printing") == ("Printing", 0)

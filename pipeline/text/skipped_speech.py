@@ -109,6 +109,11 @@ def put_in(final: Hypothesis, look: Hypothesis, stretch: Stretch, offset_samples
         replace(word, start_sample=word.start_sample + offset_samples, end_sample=word.end_sample + offset_samples)
         for word in look.words
     ]
+    num_again = _num_overlapping(moved, behind)
+    hidden_by = {normalise_unit(word.text) for word in within}
+    if num_again > 1 and hidden_by <= {normalise_unit(word.text) for word in moved}:
+        # An earlier look put that sentence in without room for it; this one heard where it was said.
+        behind = behind[num_again:]
     inner = _merge(_without_neighbours(moved, before, behind), within, stretch)
     if inner is None:
         return None
@@ -149,11 +154,7 @@ def _joint(final: Hypothesis) -> str | None:
 
 
 def _without_neighbours(found: Sequence[Word], before: Sequence[Word], behind: Sequence[Word]) -> list[Word]:
-    """Return `found` without what stands before the stretch and behind it already.
-
-    Margins let in a word on either side. A sentence that another look has put in has no room of its own, so that a
-    stretch beside it may hold its sound.
-    """
+    """Return `found` without what stands before the stretch and behind it already, as margins let it in."""
     words = list(found)
     words = words[_num_overlapping(before, words) :]
     return words[: len(words) - _num_overlapping(words, behind)]

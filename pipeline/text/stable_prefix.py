@@ -2,9 +2,10 @@
 
 A unit (a word, or one character of a script written without spaces) becomes stable when two consecutive hypotheses
 agree on it and on everything before it; what was once stable stays until the final. The rule is the "local agreement"
-of Liu et al. 2020 (https://arxiv.org/abs/2005.11185) with the longest agreement ever instead of the last one, and three
+of Liu et al. 2020 (https://arxiv.org/abs/2005.11185) with the longest agreement ever instead of the last one, and four
 exceptions, for words on which two hypotheses agree and which the final does not keep (docs/decisions/0012):
 
+- words of a hypothesis that the model itself is unsure of;
 - the last unit of a hypothesis, which its sound may have cut in the middle;
 - words behind speech that the hypothesis passes over: what is missing there comes in the final and moves them;
 - words so late in an utterance that it may still be cut before them: they are then the next utterance's.
@@ -22,6 +23,10 @@ _NOT_WORD = re.compile(r"[\W_]+")
 
 _WORD_MS = 480
 """New sound after which a unit at the end of two hypotheses is the same word and not the same half of one."""
+
+_SURE_LOGPROB = -0.5
+"""Average log-probability below which a hypothesis makes nothing stable: the model guesses. Of right texts of more than
+two seconds, one in a hundred is below."""
 
 
 def split_units(text: str) -> list[str]:
@@ -50,11 +55,13 @@ class Heard:
 
     `length_ms` is its length from the utterance's start. `has_paused` says that nobody spoke at its end: the last word
     is whole. `num_certain` is how many units stand before the first speech without words; None: all.
+    `average_logprob` is the hypothesis's own.
     """
 
     length_ms: int
     has_paused: bool = False
     num_certain: int | None = None
+    average_logprob: float = 0.0
 
 
 @dataclass(slots=True)
@@ -105,6 +112,8 @@ class StablePrefix:
         return self._show(units) if units and len(units) >= self._num_shown else None
 
     def _num_trusted(self, units: list[str], agreeing: list[_Seen], heard: Heard) -> int:
+        if heard.average_logprob < _SURE_LOGPROB:
+            return 0
         num_trusted = 0
         for unit in agreeing:
             if num_trusted >= len(self._stable) and not unit.is_whole and heard.length_ms - unit.length_ms < _WORD_MS:
