@@ -42,7 +42,20 @@ _RAY_ENVIRONMENT = {
     # The gateway is asynchronous: a router thread of its own would only add a hop to every call.
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
     "RAY_SERVE_LOG_TO_STDERR": "0",
+    # What Serve counts of its calls is handed to Ray's metrics ten times a second otherwise, call or no call.
+    "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "10000",
 }
+_OWN_CLUSTER_ENVIRONMENT = {
+    # Ray's own metrics, the events that its dashboard lists tasks from, and the statistics of its event loops: nobody
+    # can read them in a cluster without a dashboard, and every call pays for them. The service has /metrics.
+    "RAY_enable_metrics_collection": "0",
+    "RAY_task_events_report_interval_ms": "0",
+    "RAY_event_stats": "0",
+    # Serve's controller asks for the state of nodes, replicas and applications ten times a second otherwise. A replica
+    # that died is replaced half a second later, which is little beside the loading of its model.
+    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
+}
+"""What a cluster of our own need not do, unless somebody sets it (docs/performance.md, "What is not the models")."""
 
 
 class RayApp:
@@ -122,6 +135,7 @@ class RayApp:
             # Ray switches token authentication on for a cluster of its own, and would keep the token in the home
             # directory. This one is for this cluster alone and written nowhere; its processes inherit it.
             environment["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+            environment |= _OWN_CLUSTER_ENVIRONMENT
         for name, value in (environment | COMPUTE_ENVIRONMENT).items():
             os.environ.setdefault(name, value)
 
@@ -197,7 +211,8 @@ class RayApp:
             serve.RunTarget(encoder.bind(settings.model, settings.encoder), name=ENCODER_APP, route_prefix=None),
             serve.RunTarget(decoder.bind(settings.model, settings.decoder), name=DECODER_APP, route_prefix=None),
         ]
-        serve.run_many(targets, wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
+        # The controller makes deployments in its next round; before that a handle to one is an error.
+        serve.run_many(targets, wait_for_ingress_deployment_creation=True, wait_for_applications_running=False)
 
     def _deployment_options(self) -> dict[str, Any]:
         actor_options: dict[str, Any] = {"num_cpus": _REPLICA_CPUS}
@@ -242,6 +257,7 @@ class RayApp:
 _RAY_ENVIRONMENT_OF_WORKERS = {
     **COMPUTE_ENVIRONMENT,
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+    "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "10000",
 }
 
 

@@ -22,6 +22,7 @@ from actors.spec import StreamSpec, StreamState, StreamStatus, make_stream_id
 from actors.stages import Stages, StagesInfo
 from actors.store import Store
 from ingest.container import ContainerSource, Pace
+from ingest.processes import DecoderProcesses
 from ingest.source import ChannelMode, Source
 from pipeline.errors import CapacityExceeded, ServiceError, StreamNotFound, SurtitleError
 
@@ -66,6 +67,7 @@ class Gateway:
         self._info: GatewayInfo | None = None
         self._publisher: Publisher | None = None
         self._stages: Stages | None = None
+        self._decoders = DecoderProcesses()
         self._running: dict[str, _Running] = {}
         self._statuses: OrderedDict[str, StreamStatus] = OrderedDict()
         self._is_draining = False
@@ -81,6 +83,7 @@ class Gateway:
         try:
             # The door first: a port in use is told at once, not after the models have loaded.
             http_url = await self._open_door() if serves_http else None
+            await self._exits.enter_async_context(self._decoders)
             store = Store(self._settings.redis)
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._exits.enter_async_context(store))
@@ -259,7 +262,7 @@ class Gateway:
         audio = self._settings.audio
         if spec.channels is not None:
             audio = audio.model_copy(update={"channels": ChannelMode(spec.channels)})
-        return ContainerSource(spec.source, audio, Pace(spec.pace))
+        return ContainerSource(spec.source, audio, Pace(spec.pace), self._decoders)
 
     def _admit(self, stream_id: str) -> None:
         if stream_id in self._running:

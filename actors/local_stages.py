@@ -83,9 +83,9 @@ class LocalTransport:
             self._decoder = await asyncio.to_thread(Decoder, self._model, self._decoder_params)
         yield self
 
-    async def start(self, snapshots: list[Snapshot]) -> LocalCall:
-        """Send `snapshots` to the encoder."""
-        return LocalCall(self._encoder, self._decoder, snapshots)
+    async def start(self, snapshots: list[Snapshot], requests: list[DecodeRequest]) -> LocalCall:
+        """Send `snapshots` to the encoder; `requests` follow to the decoder."""
+        return LocalCall(self._encoder, self._decoder, snapshots, requests)
 
     async def aclose(self) -> None:
         """End both threads. Idempotent."""
@@ -96,9 +96,11 @@ class LocalTransport:
 class LocalCall:
     """One call through the two stages of this process."""
 
-    def __init__(self, encoder: AudioEncoder, decoder: Decoder, snapshots: list[Snapshot]) -> None:
+    def __init__(
+        self, encoder: AudioEncoder, decoder: Decoder, snapshots: list[Snapshot], requests: list[DecodeRequest]
+    ) -> None:
         self._decoder = decoder
-        self._requests = [DecodeRequest.of(snapshot) for snapshot in snapshots]
+        self._requests = requests
         self._encoding = asyncio.create_task(encoder.encode(snapshots), name="local-encoding")
 
     async def wait_encoded(self) -> None:

@@ -114,7 +114,7 @@ class ServeLane:
         self._decode = decode
         self._selection = selection
 
-    async def start(self, snapshots: list[Snapshot]) -> ServeCall:
+    async def start(self, snapshots: list[Snapshot], requests: list[DecodeRequest]) -> ServeCall:
         """Send `snapshots` to the chosen replica, and its answer, once it exists, on to a decoder.
 
         Raises:
@@ -126,7 +126,7 @@ class ServeLane:
             encoded = await asyncio.wait_for(response._to_object_ref(), _START_TIMEOUT_S)
         except (TimeoutError, RayError, RayServeException) as exc:
             raise StageUnavailable(f"the audio encoder was not reached: {_first_line(exc)}") from exc
-        outcomes = self._decode.remote(encoded, [DecodeRequest.of(snapshot) for snapshot in snapshots])
+        outcomes = self._decode.remote(encoded, requests)
         return ServeCall(encoded, outcomes)
 
 

@@ -23,7 +23,7 @@ from actors.load_meter import LoadMeter
 from actors.metrics import Metrics
 from actors.stages import StagesInfo
 from pipeline.errors import StageUnavailable
-from pipeline.items import Failure, FailureKind, Outcome, Snapshot, SnapshotKey
+from pipeline.items import DecodeRequest, Failure, FailureKind, Outcome, Snapshot, SnapshotKey
 from pipeline.stream_params import SnapshotParams
 
 logger = logging.getLogger(__name__)
@@ -55,8 +55,8 @@ class StageCall(Protocol):
 class Lane(Protocol):
     """A place that is free for one call now."""
 
-    async def start(self, snapshots: list[Snapshot]) -> StageCall:
-        """Send `snapshots`.
+    async def start(self, snapshots: list[Snapshot], requests: list[DecodeRequest]) -> StageCall:
+        """Send `snapshots` to the encoder and, with what that makes of them, `requests` to the decoder.
 
         Raises:
             StageUnavailable: if they did not reach the stage.
@@ -113,6 +113,8 @@ class StageDriver:
         self._num_encoding = 0
         self._progress_at = time.monotonic()
         self._cadence = CadencePolicy(params.cadence, bounds.min_cadence_ms, bounds.max_cadence_ms)
+        # At the longest cadence a partial that is late by another one is not worth its work.
+        self._partial_deadline_ms = 2.0 * bounds.max_cadence_ms
         self._load = LoadMeter(_now_ms())
         self._calls: set[asyncio.Task[None]] = set()
         self._decoding: dict[StageCall, set[SnapshotKey]] = {}
@@ -208,7 +210,7 @@ class StageDriver:
                 snapshots = self._queue.take(_now_ms())
                 if not snapshots:
                     return
-                call = await lane.start(snapshots)
+                call = await lane.start(snapshots, [self._request_of(snapshot) for snapshot in snapshots])
         except StageUnavailable as exc:
             logger.warning("no call could be sent: %s", exc)
             self._deliver_failures(self._queue.put_back(snapshot.key for snapshot in snapshots))
@@ -226,6 +228,9 @@ class StageDriver:
         self._calls.add(task)
         task.add_done_callback(self._calls.discard)
         await self._tell_room()
+
+    def _request_of(self, snapshot: Snapshot) -> DecodeRequest:
+        return DecodeRequest.of(snapshot, None if snapshot.is_final else self._partial_deadline_ms)
 
     async def _carry(self, call: StageCall, snapshots: list[Snapshot]) -> None:
         keys = [snapshot.key for snapshot in snapshots]

@@ -1,24 +1,21 @@
 """A media file as a live source: decoded in a process of its own, delivered in real time or as fast as it is taken.
 
 Decoders are the largest attack surface of the service and crash on some files, so they run where a crash ends one
-stream only (`ingest.worker`). The pipe between the two holds back the decoder when nobody takes the sound.
+stream only (`ingest.worker`). The socket between the two holds back the decoder when nobody takes the sound.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
-import os
-import sys
-from asyncio.subprocess import DEVNULL, PIPE, Process
 from collections import deque
+from contextlib import AsyncExitStack
 from enum import StrEnum
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-import ingest
+from ingest.processes import DecoderProcess, DecoderProcesses
 from ingest.source import AudioBlock, AudioParams, SourceGap, SourceInfo, SourceItem
 from ingest.wire import Ended, Failed, FailureKind, Message, Opened, WireError, WireParser
 from pipeline.errors import MediaError, SourceNotFound
@@ -26,7 +23,6 @@ from pipeline.timebase import SAMPLE_RATE_HZ
 
 OPEN_TIMEOUT_S = 30.0
 _READ_BYTES = 1 << 16
-_ROOT = str(Path(ingest.__file__).parent.parent)
 
 
 class Pace(StrEnum):
@@ -46,13 +42,23 @@ class ContainerSource:
         location: path of the file.
         params: how to normalise, and what to refuse.
         pace: see `Pace`.
+        processes: where the process that decodes comes from; None: from a zygote of its own, which takes longer.
     """
 
-    def __init__(self, location: str | Path, params: AudioParams | None = None, pace: Pace = Pace.REALTIME) -> None:
+    def __init__(
+        self,
+        location: str | Path,
+        params: AudioParams | None = None,
+        pace: Pace = Pace.REALTIME,
+        processes: DecoderProcesses | None = None,
+    ) -> None:
         self._location = str(location)
         self._params = params or AudioParams()
         self._pace = pace
-        self._process: Process | None = None
+        self._processes = processes
+        self._process: DecoderProcess | None = None
+        self._exits = AsyncExitStack()
+        self._is_opened = False
         self._parser = WireParser()
         self._messages: deque[Message] = deque()
         self._info: SourceInfo | None = None
@@ -80,7 +86,7 @@ class ContainerSource:
     @property
     def worker_pid(self) -> int | None:
         """The process that decodes, while there is one."""
-        return None if self._process is None or self._process.returncode is not None else self._process.pid
+        return self._process.pid if self._process is not None and self._process.is_running else None
 
     async def __aenter__(self) -> Self:
         """Open the file.
@@ -89,8 +95,9 @@ class ContainerSource:
             SourceNotFound: there is no such file.
             MediaError: it cannot be read, or is not usable sound.
         """
-        if self._process is not None:
+        if self._is_opened:
             raise RuntimeError("a source is opened once: make a new one")
+        self._is_opened = True
         if "://" in self._location:
             scheme = self._location.partition("://")[0]
             raise MediaError(f"{scheme} addresses cannot be played: name a local media file")
@@ -98,7 +105,7 @@ class ContainerSource:
             await self._start_worker()
             self._info = await self._opening()
         except BaseException:
-            await self._stop_worker()
+            await self._exits.aclose()
             raise
         return self
 
@@ -106,7 +113,7 @@ class ContainerSource:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """End the decoder process."""
-        await self._stop_worker()
+        await self._exits.aclose()
 
     def __aiter__(self) -> Self:
         return self
@@ -151,31 +158,12 @@ class ContainerSource:
         return first.info
 
     async def _start_worker(self) -> None:
-        # nothing of the parent's environment, where credentials may be, is handed on
-        environment = {"PYTHONPATH": _ROOT, "LANG": "C.UTF-8", "OPENBLAS_NUM_THREADS": "1", "PATH": os.defpath}
-        self._process = await asyncio.create_subprocess_exec(
-            sys.executable, "-P", "-m", "ingest.worker", stdin=PIPE, stdout=PIPE, stderr=DEVNULL, env=environment
-        )
-        request = {
-            "location": self._location,
-            "params": self._params.model_dump(mode="json"),
-            "parent_pid": os.getpid(),
-        }
-        # a worker that died before it read this does not answer, which is told where the answer is read
-        with contextlib.suppress(ConnectionError):
-            await _send(self._process, json.dumps(request).encode())
-
-    async def _stop_worker(self) -> None:
-        process = self._process
-        if process is None:
-            return
-        if process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
-        # a pipe that is paused for back-pressure does not see its end, and would stay open
-        while process.stdout is not None and await process.stdout.read(_READ_BYTES):
-            pass
-        await process.wait()
+        processes = self._processes
+        if processes is None:
+            processes = await self._exits.enter_async_context(DecoderProcesses())
+        request = {"location": self._location, "params": self._params.model_dump(mode="json")}
+        self._process = await processes.open(json.dumps(request).encode())
+        self._exits.push_async_callback(self._process.aclose)
 
     async def _next_message(self) -> Message:
         """Return the next message.
@@ -184,10 +172,10 @@ class ContainerSource:
             MediaError: if it is a failure or no message at all, or the process ended without saying so.
         """
         process = self._process
-        if process is None or process.stdout is None:
+        if process is None:
             raise RuntimeError("the source is not open: use `async with`")
         while not self._messages:
-            data = await process.stdout.read(_READ_BYTES)
+            data = await process.read(_READ_BYTES)
             if not data:
                 status = await process.wait()
                 cause = f"killed by signal {-status}" if status < 0 else f"exit status {status}"
@@ -212,12 +200,3 @@ class ContainerSource:
         wait_s = self._starts_at + self._position / SAMPLE_RATE_HZ - now
         if wait_s > 0:
             await asyncio.sleep(wait_s)
-
-
-async def _send(process: Process, request: bytes) -> None:
-    if process.stdin is None:
-        raise RuntimeError("the decoder process has no standard input")
-    process.stdin.write(request)
-    await process.stdin.drain()
-    process.stdin.close()
-    await process.stdin.wait_closed()

@@ -10,6 +10,8 @@ nothing on trust, since hostile media may have taken the process over: every len
 | `G`  | SourceGap: number of samples (u64), then the reason in UTF-8     |
 | `X`  | Failed: kind (u8), then one sentence in UTF-8                   |
 | `E`  | Ended: how many samples were NaN or infinite (u64)              |
+
+What the zygote of those processes and their parent say to each other (`ingest.zygote`) is `ZYGOTE_MESSAGE`.
 """
 
 from __future__ import annotations
@@ -31,6 +33,8 @@ from pipeline.timebase import CHUNK_SAMPLES
 MAX_BLOCK_SAMPLES = CHUNK_SAMPLES
 MAX_TEXT_BYTES = 2_048
 MAX_PAYLOAD_BYTES = 1 + MAX_CHANNELS * MAX_BLOCK_SAMPLES * 2
+ZYGOTE_MESSAGE = struct.Struct("<cii")
+"""Kind, pid, and a number that the kind gives a meaning to."""
 _MAX_GAP_SAMPLES = 1 << 40
 
 _HEADER = struct.Struct("<cI")

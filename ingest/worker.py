@@ -1,17 +1,17 @@
-"""The process that decodes one source: `python -m ingest.worker`, started by `ingest.container`.
+"""What the process that decodes one source does; it is a copy of `ingest.zygote`.
 
-It reads one JSON object from stdin (`location`, `params`, `parent_pid`) and writes messages of `ingest.wire` to stdout
-until the media ends. Locations are not in the arguments, which every user of the machine may read.
+It reads one JSON object (`location`, `params`) from its socket and writes messages of `ingest.wire` to it until the
+media ends. Locations are not in the arguments, which every user of the machine may read.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
-import os
 import pkgutil
+import socket
 import stat
-import sys
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -151,7 +151,11 @@ class Timeline:
 
     def __init__(self, params: AudioParams) -> None:
         self._params = params
-        self._expected_s: Fraction | None = None
+        self._threshold_s = Fraction(params.min_gap_ms, 1_000)
+        self._clearly_no_jump_s = params.min_gap_ms / 2_000
+        self._began_s: Fraction | None = None
+        self._num_samples = 0  # heard since then, at this rate
+        self._rate_hz = 0
 
     def gap_before(self, frame: av.AudioFrame) -> int:
         """Return how many samples at 16 kHz are missing in front of `frame`, or 0, and count the frame in.
@@ -159,17 +163,19 @@ class Timeline:
         Raises:
             MediaError: if the jump is over `max_gap_ms`.
         """
+        if self._is_on_time(frame):
+            self._num_samples += frame.samples
+            return 0
+        expected_s = self._expected_s()
         if frame.pts is None or frame.time_base is None:
-            begins_s = self._expected_s or Fraction(0)
+            begins_s = expected_s or Fraction(0)
         else:
             begins_s = frame.pts * frame.time_base
-        expected_s = begins_s if self._expected_s is None else self._expected_s
-        jump_s = begins_s - expected_s
-        threshold_s = Fraction(self._params.min_gap_ms, 1_000)
-        if abs(jump_s) <= threshold_s:
+        jump_s = begins_s - (begins_s if expected_s is None else expected_s)
+        if expected_s is not None and abs(jump_s) <= self._threshold_s:
             begins_s = expected_s
-        self._expected_s = begins_s + Fraction(frame.samples, frame.sample_rate)
-        if jump_s <= threshold_s:
+        self._began_s, self._num_samples, self._rate_hz = begins_s, frame.samples, frame.sample_rate
+        if jump_s <= self._threshold_s:
             return 0
         if jump_s > Fraction(self._params.max_gap_ms, 1_000):
             raise MediaError(
@@ -178,11 +184,47 @@ class Timeline:
             )
         return round(jump_s * SAMPLE_RATE_HZ)
 
+    def _is_on_time(self, frame: av.AudioFrame) -> bool:
+        """Whether there is clearly no jump. Fractions are exact and slow, and nearly every frame is on time."""
+        if self._began_s is None or frame.sample_rate != self._rate_hz:
+            return False
+        if frame.time is None:
+            return True
+        expected_s = float(self._began_s) + self._num_samples / self._rate_hz
+        return abs(frame.time - expected_s) < self._clearly_no_jump_s
 
-def blocks(samples: NDArray[np.int16]) -> Iterator[AudioBlock]:
-    """Cut int16[channels, n] into blocks of at most 80 ms."""
-    for start in range(0, samples.shape[1], MAX_BLOCK_SAMPLES):
-        yield AudioBlock(samples[:, start : start + MAX_BLOCK_SAMPLES])
+    def _expected_s(self) -> Fraction | None:
+        return None if self._began_s is None else self._began_s + Fraction(self._num_samples, self._rate_hz)
+
+
+class Blocks:
+    """Collects sound into blocks that end where a chunk of the stream ends: what is less starts no work there."""
+
+    def __init__(self) -> None:
+        self.num_samples = 0  # of sound, given out or held
+        self._held: list[NDArray[np.int16]] = []
+        self._end_sample = 0  # media time behind all that was pushed and skipped
+
+    def push(self, samples: NDArray[np.int16]) -> Iterator[AudioBlock]:
+        """Take int16[channels, n] and yield the blocks that are complete."""
+        while samples.shape[1]:
+            part = samples[:, : MAX_BLOCK_SAMPLES - self._end_sample % MAX_BLOCK_SAMPLES]
+            samples = samples[:, part.shape[1] :]
+            self._held.append(part)
+            self._end_sample += part.shape[1]
+            self.num_samples += part.shape[1]
+            if self._end_sample % MAX_BLOCK_SAMPLES == 0:
+                yield from self.flush()
+
+    def skip(self, num_samples: int) -> None:
+        """Let time go on without sound. Flush first."""
+        self._end_sample += num_samples
+
+    def flush(self) -> Iterator[AudioBlock]:
+        """Yield what is held, if anything."""
+        held, self._held = self._held, []
+        if held:
+            yield AudioBlock(held[0] if len(held) == 1 else np.concatenate(held, axis=1))
 
 
 def messages(location: str, params: AudioParams, parent_pid: int) -> Iterator[Message]:
@@ -196,23 +238,31 @@ def messages(location: str, params: AudioParams, parent_pid: int) -> Iterator[Me
         with open_container(file) as container:
             track = select_audio(container)
             yield Opened(describe(container, track, params))
-            normalizer, timeline = Normalizer(params), Timeline(params)
-            num_samples = 0
-            for frame in decode(container, track):
-                check_form(frame.sample_rate, frame.layout.nb_channels)
-                gap_samples = timeline.gap_before(frame)
-                if gap_samples:
-                    yield from blocks(normalizer.flush())
-                    yield SourceGap(gap_samples, "timestamps of the source jump")
-                for block in blocks(normalizer.push(frame)):
-                    num_samples += block.samples.shape[1]
-                    yield block
-            for block in blocks(normalizer.flush()):
-                num_samples += block.samples.shape[1]
-                yield block
-            if num_samples == 0:
+            normalizer, blocks = Normalizer(params), Blocks()
+            try:
+                yield from _sound(decode(container, track), normalizer, Timeline(params), blocks)
+            except Exception:
+                yield from blocks.flush()  # the media may break off, but all that was heard counts
+                raise
+            yield from blocks.flush()
+            if blocks.num_samples == 0:
                 raise MediaError("no sound can be decoded: the audio track is empty or damaged")
             yield Ended(normalizer.num_nonfinite)
+
+
+def _sound(
+    frames: Iterator[av.AudioFrame], normalizer: Normalizer, timeline: Timeline, blocks: Blocks
+) -> Iterator[AudioBlock | SourceGap]:
+    for frame in frames:
+        check_form(frame.sample_rate, frame.layout.nb_channels)
+        gap_samples = timeline.gap_before(frame)
+        if gap_samples:
+            yield from blocks.push(normalizer.flush())
+            yield from blocks.flush()
+            yield SourceGap(gap_samples, "timestamps of the source jump")
+            blocks.skip(gap_samples)
+        yield from blocks.push(normalizer.push(frame))
+    yield from blocks.push(normalizer.flush())
 
 
 def _reason(error: Exception) -> str:
@@ -220,7 +270,11 @@ def _reason(error: Exception) -> str:
 
 
 def run(location: str, params: AudioParams, parent_pid: int, out: BinaryIO) -> None:
-    """Write all messages; what goes wrong with the media becomes the last of them."""
+    """Write all messages; what goes wrong with the media becomes the last of them.
+
+    Raises:
+        ConnectionError: if nobody reads them any more.
+    """
 
     def fail(kind: FailureKind, reason: object) -> None:
         out.write(encode(Failed(kind, f"{Path(location).name}: {reason}")))
@@ -235,31 +289,28 @@ def run(location: str, params: AudioParams, parent_pid: int, out: BinaryIO) -> N
         fail(FailureKind.MEDIA, error)
     except MemoryError:
         fail(FailureKind.MEDIA, "decoding needs more memory than a source may take")
-    except BrokenPipeError:
+    except ConnectionError:
         raise
     except Exception as error:  # whatever hostile media brings about ends this stream, and the parent is told
         fail(FailureKind.MEDIA, f"decoding failed: {type(error).__name__}: {_reason(error)}")
     out.flush()
 
 
-def import_all_of_av() -> None:
-    """Import what PyAV would import when it first needs it: confined, this process cannot open a module's file."""
+def prepare() -> None:
+    """Import what PyAV would import when it first needs it: confined, a process cannot open a module's file."""
     for module in pkgutil.walk_packages(av.__path__, "av."):
         if module.name != "av.__main__":
             importlib.import_module(module.name)
-
-
-def main() -> None:
-    """Serve one source."""
-    import_all_of_av()
     av.logging.set_level(av.logging.PANIC)  # its lines name files and addresses
-    out = sys.stdout.buffer
-    request = json.load(sys.stdin)
-    try:
-        run(request["location"], AudioParams.model_validate(request["params"]), request["parent_pid"], out)
-    except BrokenPipeError:
-        os._exit(0)  # the parent has left: there is nobody to tell, and a second flush would fail too
 
 
-if __name__ == "__main__":
-    main()
+def serve(connection: socket.socket, parent_pid: int) -> None:
+    """Serve the one source that is asked for on `connection`, and die with `parent_pid`."""
+    with connection.makefile("rb") as asking:
+        asked = asking.read()
+    if not asked:
+        return  # the parent has changed its mind
+    request = json.loads(asked)
+    out = connection.makefile("wb")
+    with contextlib.suppress(ConnectionError):  # the parent has left: there is nobody to tell
+        run(request["location"], AudioParams.model_validate(request["params"]), parent_pid, out)

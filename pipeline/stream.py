@@ -13,7 +13,7 @@ it wants them.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from pipeline.audio.chunks_to_utterances import Checkpoint, ChunksToUtterances, VadParams
@@ -24,6 +24,7 @@ from pipeline.items import (
     Chunk,
     Failure,
     Gap,
+    Hypothesis,
     Outcome,
     Snapshot,
     SnapshotKey,
@@ -32,23 +33,19 @@ from pipeline.items import (
     UtteranceOpened,
     tasks_of,
 )
+from pipeline.open_utterance import PAUSE_MS, OpenUtterance
 from pipeline.records import BaseRecord, FinalRecord, HealthRecord
-from pipeline.stream_params import AUTO, NUM_OPENING_SNAPSHOTS, StreamParams
+from pipeline.stream_params import AUTO, StreamParams
 from pipeline.text.hypotheses_to_records import Tier, Utterance, to_partial
 from pipeline.text.in_order import InOrder
-from pipeline.text.partial_window import PartialWindow
 from pipeline.text.stable_prefix import StablePrefix
 from pipeline.text.transcripts_to_summaries import TranscriptsToSummaries
 from pipeline.timebase import ms_to_samples, samples_to_ms
 
-_NUM_OPENING_PARTIALS = 2
-"""So many partials of an utterance are shown at the minimum cadence: the first has often a wrong first word."""
 _NEW_SPEECH_MS = 160
 """Less new speech than a syllable changes no word."""
 _MIN_ADVANCE_MS = 500
 """A partial's window is not moved by less than this: word times cost a little too."""
-_PAUSE_MS = 160
-"""Longer than a stop consonant is silent: a word has ended."""
 _LAST_SPEECH_MS = 80
 """New speech that is worth a partial when it is the end of a word."""
 
@@ -61,35 +58,6 @@ class StartPoint:
     next_utterance: int = 1
     start_sample: int = 0
     is_resumed: bool = False
-
-
-@dataclass(slots=True)
-class _OpenUtterance:
-    number: int
-    channel: int
-    start_sample: int
-    onset_sample: int
-    speech_end_sample: int
-    new_speech_samples: int  # since the last snapshot; counts every chunk to the end of its last speech
-    revision: int = 0
-    in_flight_revision: int | None = None
-    snapshot_end_sample: int = 0
-    num_shown: int = 0
-    language: str | None = None
-    stable: StablePrefix = field(default_factory=StablePrefix)
-    window: PartialWindow = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.window = PartialWindow(self.start_sample)
-
-    @property
-    def is_opening(self) -> bool:
-        return self.num_shown < _NUM_OPENING_PARTIALS and self.revision < NUM_OPENING_SNAPSHOTS
-
-    def hear(self, speech_end_sample: int, chunk: Chunk) -> None:
-        began = max(self.speech_end_sample, chunk.start_sample)
-        self.new_speech_samples += max(0, speech_end_sample - began)
-        self.speech_end_sample = speech_end_sample
 
 
 class Stream:
@@ -112,7 +80,7 @@ class Stream:
         here = Checkpoint(start.start_sample, start.start_sample)
         self._detectors = [ChunksToUtterances(params.vad, channel, here) for channel in range(num_channels)]
         self._tails = [AudioTail() for _ in range(num_channels)]
-        self._open: dict[int, _OpenUtterance] = {}  # by channel
+        self._open: dict[int, OpenUtterance] = {}  # by channel
         self._closed: dict[int, FinalInProgress] = {}  # by utterance number
         self._finals_due: list[Snapshot] = []
         self._next_sequence = start.next_sequence
@@ -191,7 +159,7 @@ class Stream:
                     due.append(self._take_partial(utterance))
         return due
 
-    def _is_partial_due(self, utterance: _OpenUtterance, cadence_ms: int | None) -> bool:
+    def _is_partial_due(self, utterance: OpenUtterance, cadence_ms: int | None) -> bool:
         params = self.params.snapshots
         end_sample = self._tails[utterance.channel].end_sample
         if (
@@ -202,14 +170,14 @@ class Stream:
         soonest_ms = params.cadence_ms if cadence_ms is None else params.min_cadence_ms
         wanted_ms = min(max(soonest_ms, cadence_ms or 0), params.max_cadence_ms)
         new_speech_ms = samples_to_ms(utterance.new_speech_samples)
-        has_paused = samples_to_ms(end_sample - utterance.speech_end_sample) >= _PAUSE_MS
+        has_paused = samples_to_ms(end_sample - utterance.speech_end_sample) >= PAUSE_MS
         if has_paused or utterance.is_opening:
             wanted_ms = soonest_ms
         since = max(utterance.snapshot_end_sample, utterance.start_sample)
         is_worth_it = new_speech_ms >= (_LAST_SPEECH_MS if has_paused else _NEW_SPEECH_MS)
         return is_worth_it and end_sample - since >= ms_to_samples(wanted_ms)
 
-    def _take_partial(self, utterance: _OpenUtterance) -> Snapshot:
+    def _take_partial(self, utterance: OpenUtterance) -> Snapshot:
         end_sample = self._tails[utterance.channel].end_sample
         snapshot = self._snapshot(utterance, end_sample, is_final=False)
         utterance.in_flight_revision = utterance.revision
@@ -217,7 +185,7 @@ class Stream:
         utterance.new_speech_samples = 0
         return snapshot
 
-    def _snapshot(self, utterance: _OpenUtterance, end_sample: int, *, is_final: bool) -> Snapshot:
+    def _snapshot(self, utterance: OpenUtterance, end_sample: int, *, is_final: bool) -> Snapshot:
         captions, window = self.params.captions, utterance.window
         utterance.revision += 1
         language = None if captions.language == AUTO else captions.language
@@ -239,7 +207,7 @@ class Stream:
             wants_words=not is_final and self._may_advance(utterance, end_sample),
         )
 
-    def _may_advance(self, utterance: _OpenUtterance, end_sample: int) -> bool:
+    def _may_advance(self, utterance: OpenUtterance, end_sample: int) -> bool:
         # A language that may still turn out to be another one would take its words with it.
         has_language = utterance.language is not None or self.params.captions.language != AUTO
         room_samples = ms_to_samples(self.params.snapshots.window_ms + _MIN_ADVANCE_MS)
@@ -258,22 +226,34 @@ class Stream:
                 self._accept_partial(utterance, outcome)
                 return
 
-    def _accept_partial(self, utterance: _OpenUtterance, outcome: Outcome) -> None:
+    def _accept_partial(self, utterance: OpenUtterance, outcome: Outcome) -> None:
         utterance.in_flight_revision = None
-        if isinstance(outcome, Failure) or outcome.guard is not None:
+        if isinstance(outcome, Failure):
+            return
+        if outcome.guard is not None:
+            self._publish_partial(
+                utterance, outcome, utterance.stable.show_doubtful(utterance.window.whole_text(outcome.text))
+            )
             return
         window = utterance.window
         window.accept(outcome)
         heard_samples = utterance.snapshot_end_sample - utterance.start_sample
         if heard_samples >= ms_to_samples(self.params.snapshots.keep_language_after_ms):
             utterance.language = outcome.language
-        shown, stable_chars = utterance.stable.revise(window.whole_text(outcome.text))
+        heard = utterance.heard(outcome, self.params.skipped_speech)
+        shown = utterance.stable.revise(window.whole_text(outcome.text), heard)
+        if self._publish_partial(utterance, outcome, shown):
+            utterance.num_shown += 1
         keep_samples = ms_to_samples(self.params.snapshots.window_ms)
         window.advance(outcome, utterance.stable.num_units, utterance.snapshot_end_sample, keep_samples)
-        if shown:
-            utterance.num_shown += 1
-            seen = self._describe(utterance, utterance.snapshot_end_sample)
-            self._records.append(to_partial(seen, outcome, shown, stable_chars))
+
+    def _publish_partial(self, utterance: OpenUtterance, outcome: Hypothesis, seen: tuple[str, int] | None) -> bool:
+        """Publish what is to be seen of `outcome`, text and stable characters; return whether there was any text."""
+        if seen is None or not seen[0]:
+            return False
+        described = self._describe(utterance, utterance.snapshot_end_sample)
+        self._records.append(to_partial(described, outcome, *seen))
+        return True
 
     def _accept_final(self, closed: FinalInProgress, outcome: Outcome) -> None:
         for task, record in closed.accept(outcome):
@@ -325,13 +305,14 @@ class Stream:
     def _on_event(self, event: UtteranceOpened | UtteranceClosed) -> None:
         if isinstance(event, UtteranceOpened):
             speech_end_sample = self._detectors[event.channel].last_speech_sample
-            self._open[event.channel] = _OpenUtterance(
+            self._open[event.channel] = OpenUtterance(
                 self._next_utterance,
                 event.channel,
                 event.start_sample,
                 event.onset_sample,
                 speech_end_sample,
                 new_speech_samples=speech_end_sample - event.onset_sample,
+                stable=StablePrefix(self.params.vad.hard_limit_ms - self.params.vad.cut_search_ms),
             )
             self._next_utterance += 1
             return
@@ -349,7 +330,7 @@ class Stream:
         )
         self._next_sequence += 1
 
-    def _describe(self, utterance: _OpenUtterance, end_sample: int) -> Utterance:
+    def _describe(self, utterance: OpenUtterance, end_sample: int) -> Utterance:
         return Utterance(
             stream_id=self.stream_id,
             number=utterance.number,

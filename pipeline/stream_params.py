@@ -30,7 +30,7 @@ class SnapshotParams(Params):
     max_cadence_ms: int = Field(
         default=2_000, ge=160, le=10_000, description="the same in live streams while the stages are busy"
     )
-    min_speech_ms: int = Field(default=640, ge=320, le=5_000, description="no partial before this much speech")
+    min_speech_ms: int = Field(default=480, ge=320, le=5_000, description="no partial before this much speech")
     window_ms: int = Field(
         default=2_500,
         ge=1_000,

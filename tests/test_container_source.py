@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
 
 import av
@@ -231,6 +232,17 @@ async def test_damage_in_the_middle_loses_only_what_was_damaged(tmp_path: Path) 
     assert 3 * SAMPLE_RATE_HZ < heard <= 4 * SAMPLE_RATE_HZ + 2
 
 
+async def test_blocks_end_where_chunks_end_also_behind_a_gap(tmp_path: Path) -> None:
+    path = encoded(tmp_path / "jump.mka", "pcm_s16le", [(0, tone(1)), (2.5, tone(1))])
+    items = await play(path)
+    position = 0
+    for item, following in pairwise(items):
+        position += item.samples.shape[1] if isinstance(item, AudioBlock) else item.num_samples
+        if isinstance(item, AudioBlock) and isinstance(following, AudioBlock):
+            assert position % CHUNK_SAMPLES == 0
+    assert len(items) <= 2 + (position + sound_of(items[-1:]).shape[1]) // CHUNK_SAMPLES
+
+
 async def test_in_real_time_no_block_comes_before_it_could_have_been_heard(tmp_path: Path) -> None:
     path = encoded(tmp_path / "short.mka", "pcm_s16le", [(0, tone(0.5)), (1.0, tone(0.5))])
     loop = asyncio.get_running_loop()
@@ -320,7 +332,8 @@ def test_the_decoder_dies_with_its_parent(speech: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("module", "banned"), [("ingest.worker", ["torch", "ray", "redis"]), ("ingest.container", ["av", "torch", "ray"])]
+    ("module", "banned"),
+    [("ingest.zygote", ["torch", "ray", "redis", "asyncio"]), ("ingest.container", ["av", "torch", "ray"])],
 )
 def test_neither_side_imports_what_belongs_to_another(module: str, banned: list[str]) -> None:
     code = f"import {module}, sys; sys.exit(', '.join(set({banned}) & set(sys.modules)))"

@@ -14,6 +14,7 @@ from pipeline.decode.guards import (
     compression_ratio,
     is_repetitive,
     is_silence,
+    is_sparse,
     num_tokens_before_repetition,
     token_cap,
 )
@@ -117,6 +118,13 @@ def test_text_on_silence_is_told_by_probabilities(text: str, no_speech: float, l
 def test_the_token_cap_grows_with_the_audio_between_its_bounds() -> None:
     params = GuardParams(max_tokens_per_s=10.0, min_token_cap=16, max_tokens=100)
     assert [token_cap(seconds * 16_000, params) for seconds in (0, 1, 2, 5, 30)] == [16, 16, 20, 50, 100]
+
+
+def test_a_text_is_sparse_when_speech_of_its_length_has_more_tokens() -> None:
+    params = GuardParams(sparse_tokens_per_s=2.5, min_sparse_ms=1_500)
+    assert [is_sparse(n, 4 * 16_000, params) for n in (0, 9, 10, 40)] == [True, True, False, False]
+    assert not is_sparse(0, 23_999, params)
+    assert is_sparse(0, 24_000, params)
 
 
 def decode(tokens: object) -> str:

@@ -54,9 +54,11 @@ def metrics() -> Metrics:
 
 
 @asynccontextmanager
-async def open_stages(model: ModelParams, metrics: Metrics, **dispatch: float) -> AsyncIterator[LocalStages]:
+async def open_stages(
+    model: ModelParams, metrics: Metrics, snapshots: SnapshotParams | None = None, **dispatch: float
+) -> AsyncIterator[LocalStages]:
     params = DispatchParams.model_validate(dispatch)
-    stages = await LocalStages.open(model, EncoderParams(), DecoderParams(), params, metrics)
+    stages = await LocalStages.open(model, EncoderParams(), DecoderParams(), params, metrics, snapshots=snapshots)
     try:
         yield stages
     finally:
@@ -138,6 +140,22 @@ async def test_the_cadence_stretches_while_the_stages_have_no_rest_and_is_a_metr
         ]
     assert target_ms == stages.cadence_ms
     assert all(share is not None and 0 < share <= 1 for share in shares)
+
+
+@pytest.mark.parametrize(("late_ms", "expected"), [(0, Hypothesis), (2 * 5_000 + 1, Failure)])
+async def test_a_partial_expires_twice_the_longest_cadence_after_it_came_to_the_decoder(
+    model: ModelParams, metrics: Metrics, monkeypatch: pytest.MonkeyPatch, late_ms: int, expected: type[Outcome]
+) -> None:
+    step = DecodeEngine.step
+    monkeypatch.setattr(DecodeEngine, "step", lambda engine, now_ms: step(engine, now_ms + late_ms))
+    async with open_stages(model, metrics, SnapshotParams(max_cadence_ms=5_000)) as stages:
+        final, partial = await asyncio.gather(
+            outcomes_of(stages, snapshot(1)), outcomes_of(stages, snapshot(2, is_final=False))
+        )
+    assert [type(outcome) for outcome in final] == [Hypothesis, Hypothesis]
+    assert [type(outcome) for outcome in partial] == [expected]
+    if isinstance(partial[0], Failure):
+        assert partial[0].kind is FailureKind.EXPIRED
 
 
 async def test_a_consumer_that_goes_away_leaves_nothing_behind(model: ModelParams, metrics: Metrics) -> None:

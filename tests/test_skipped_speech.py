@@ -102,6 +102,30 @@ def test_a_second_look_that_finds_nothing_new_changes_nothing():
     assert put_in(final, hypothesis(guard="silence"), stretch, 0) is None
 
 
+def test_a_sentence_that_stands_beside_the_stretch_is_not_put_in_again():
+    """The first look at a hole put the sentence in, without room of its own; the word before it is long now."""
+    final = hypothesis(
+        ("by", 0.0, 0.1),
+        ("similar", 0.1, 0.6),
+        ("process,", 0.6, 4.0),
+        ("the", 4.0, 4.0),
+        ("child", 4.0, 4.0),
+        ("hurt.", 4.0, 4.2),
+        ("Sunday", 4.2, 4.8),
+    )
+    [stretch] = find_skipped(final.words, int(16_000 * 4.8), PARAMS)
+    look = hypothesis(("Process,", 0.0, 0.6), ("the", 0.9, 1.1), ("child", 1.1, 1.6), ("hurt.", 1.6, 2.2))
+    whole = put_in(final, look, stretch, int(16_000 * 0.6))
+    assert whole is not None
+    assert whole.text == "by similar Process, the child hurt. Sunday"
+    assert [seconds(s) for s in find_skipped(whole.words, int(16_000 * 4.8), PARAMS)] == [(2.8, 4.2)]
+    behind = hypothesis(("similar", 0.1, 0.5), ("process,", 0.5, 0.9), ("a", 0.9, 1.0), ("thin", 1.0, 1.5))
+    hole = Stretch(int(16_000 * 0.6), int(16_000 * 2.0), 3, 3)
+    whole = put_in(final, behind, hole, 0)
+    assert whole is not None
+    assert whole.text == "by similar process, a thin the child hurt. Sunday"
+
+
 def test_languages_without_spaces_are_joined_without_spaces():
     final = hypothesis(("今日", 0.0, 0.5), ("は", 0.5, 0.7), joint="")
     (stretch,) = find_skipped(final.words, 16_000 * 4, PARAMS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from pipeline.items import (
     Snapshot,
     Task,
     TaskKind,
+    Word,
 )
 from pipeline.records import BaseRecord, ErrorRecord, FinalRecord, HealthRecord, PartialRecord, TranslationRecord
 from pipeline.stream import StartPoint, Stream, by_chunk_index
@@ -150,7 +152,10 @@ def test_an_utterance_of_which_nothing_is_shown_keeps_the_minimum_cadence_for_a_
 
 def paused(sound: NDArray[np.int16], pause_ms: int) -> tuple[Stream, NDArray[np.int16], int]:
     """Two pieces of speech with a pause of `pause_ms` between them, in one utterance; where the pause begins."""
-    stream = Stream("s", StreamParams(vad=VadParams(hangover_ms=2_000, soft_limit_ms=15_000)))
+    params = StreamParams(
+        vad=VadParams(hangover_ms=2_000, soft_limit_ms=15_000), snapshots=SnapshotParams(min_speech_ms=640)
+    )
+    stream = Stream("s", params)
     began = next(snapshot for snapshot in hear(Stream("s", StreamParams()), sound) if not snapshot.is_final)
     piece = sound[began.start_sample : began.start_sample + 2_400 * 16]
     pause = np.zeros(pause_ms * 16, np.int16)
@@ -265,12 +270,52 @@ def test_an_overtaken_partial_changes_nothing_when_it_answers_late(sound):
     assert stream.take_records() == []
 
 
-def test_a_guarded_partial_is_neither_published_nor_a_draft(sound):
+def test_what_a_guard_left_of_a_partial_is_shown_but_never_stable_nor_a_draft(sound):
     served, records = caption(
         Stream("s", StreamParams()), sound, lambda s: [answer(s, guard=None if s.is_final else "loop")]
     )
-    assert not of_kind(records, PartialRecord)
+    partials = of_kind(records, PartialRecord)
+    assert len(partials) == sum(not snapshot.is_final for snapshot in served)
+    assert {(partial.text, partial.stable_chars, partial.guard) for partial in partials} == {("one two", 0, "loop")}
     assert all(snapshot.draft == () for snapshot in served)
+
+
+def test_a_guarded_partial_without_text_or_with_less_of_it_than_before_is_not_published(sound):
+    texts = {1: "one two three", 2: "one two", 3: ""}
+
+    def guarded(snapshot: Snapshot) -> list[Outcome]:
+        if snapshot.is_final or snapshot.key.revision == 1:
+            return [answer(snapshot, texts[1])]
+        return [answer(snapshot, texts[2 + snapshot.key.revision % 2], guard="loop")]
+
+    _, records = caption(Stream("s", StreamParams()), sound, guarded)
+    assert {partial.text for partial in of_kind(records, PartialRecord)} == {texts[1]}
+    assert {partial.revision for partial in of_kind(records, PartialRecord)} == {1}
+
+
+def test_words_behind_speech_without_words_and_late_ones_are_not_stable(sound):
+    """Every partial but the first says four words, the third after a hole."""
+    words = tuple(
+        Word(text, start * 16, end * 16, 0.9)
+        for text, start, end in (("one", 0, 200), ("two", 200, 500), ("three", 2_000, 2_200), ("four", 2_200, 2_400))
+    )
+
+    def stable_of(stream: Stream, with_times: bool) -> set[str]:
+        _, records = caption(
+            stream,
+            sound,
+            lambda s: [
+                replace(answer(s, "one two three four"), words=words if with_times else ())
+                if s.key.revision > 1
+                else answer(s, "one two")
+            ],
+        )
+        return {partial.text[: partial.stable_chars] for partial in of_kind(records, PartialRecord)} - {""}
+
+    assert stable_of(Stream("s", StreamParams()), with_times=True) == {"one two"}
+    assert stable_of(Stream("s", StreamParams()), with_times=False) == {"one two", "one two three four"}
+    early = StreamParams(vad=VadParams(hard_limit_ms=2_000, soft_limit_ms=2_000, cut_search_ms=1_000))
+    assert stable_of(Stream("s", early), with_times=False) == {"one two"}
 
 
 def test_the_last_hypothesis_is_the_next_draft_and_the_finals(sound):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,15 +20,19 @@ from actors.bench.processes import Memory, measure_memory
 from actors.follow import follow
 from actors.service import GatewayClient, open_runtime
 from actors.settings import Settings
-from actors.spec import StreamSpec
-from actors.store import END_STATES, KeyKind, Store
+from actors.spec import StreamSpec, StreamStatus
+from actors.store import KeyKind, Store
 from pipeline.errors import ConfigError, MediaError, ServiceError
-from pipeline.records import FinalRecord, HealthRecord, PartialRecord
+from pipeline.records import FinalRecord, PartialRecord
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
 _FOLLOWED = frozenset({KeyKind.PARTIALS, KeyKind.TRANSCRIPTS, KeyKind.HEALTH})
+_TAIL_S = 300.0
+"""More sound than is judged: fed fast, it is heard minutes before its finals are out, and the process that decodes it
+must still be there when the last sample is taken. Then the stream is told to end."""
+
 _MAX_STALL_S = 120.0
 """A stream that publishes nothing for so long is given up."""
 
@@ -138,21 +142,21 @@ async def measure_stream_memory(options: MemoryOptions, on_progress: Progress | 
     with tempfile.TemporaryDirectory(prefix="surtitle-bench-") as name:
         folder = Path(name)
         path = folder / "media.wav"
-        media_s = await asyncio.to_thread(_write_media, options, path)
+        await asyncio.to_thread(_write_media, options, path)
         settings = own_settings(options.settings, folder, 1)
         async with open_runtime(settings, report) as gateway, Store(settings.redis) as store:
-            watch = _Watch(await find_root_pids(store), options.period_s)
+            watch = _Watch(await find_root_pids(store), options, report)
             started_s = time.monotonic()
-            await watch.play(path, gateway, store, lambda done_s: report(f"{done_s:.0f} of {media_s:.0f} s heard"))
+            await watch.play(path, gateway, store)
             if not watch.num_finals:
                 raise MediaError(
                     f"nothing was said in {options.media}: how far a stream has come is told by its finals"
                 )
-            early, late, peak = select_moments(watch.samples, media_s, options)
+            early, late, peak = select_moments(watch.samples, options)
             return MemoryReport(
                 runtime=settings.runtime,
                 model=(await gateway.info()).stages.model,
-                media_s=media_s,
+                media_s=options.media_s,
                 wall_s=time.monotonic() - started_s,
                 early_s=options.early_s,
                 max_growth_percent=options.max_growth_percent,
@@ -165,15 +169,13 @@ async def measure_stream_memory(options: MemoryOptions, on_progress: Progress | 
             )
 
 
-def select_moments(
-    samples: Sequence[MemorySample], media_s: float, options: MemoryOptions
-) -> tuple[Memory, Memory, Memory]:
+def select_moments(samples: Sequence[MemorySample], options: MemoryOptions) -> tuple[Memory, Memory, Memory]:
     """Return the memory early, late and at its peak, of samples in the order of time.
 
     Raises:
-        ServiceError: if none was taken early, because the stream ran through faster than samples are taken.
+        ServiceError: if none was taken early or late, because the stream ran through faster than samples are taken.
     """
-    early_end_s, late_start_s = options.early_s + options.window_s, media_s - options.window_s
+    early_end_s, late_start_s = options.early_s + options.window_s, options.media_s - options.window_s
     early = [sample.memory for sample in samples if options.early_s <= sample.media_s < early_end_s]
     late = [sample.memory for sample in samples if sample.media_s >= late_start_s]
     if not early or not late:
@@ -187,27 +189,30 @@ def select_moments(
 class _Watch:
     """Plays one stream and samples the memory of the processes `roots` and all below them while it lasts."""
 
-    def __init__(self, roots: list[int], period_s: float) -> None:
+    def __init__(self, roots: list[int], options: MemoryOptions, report: Progress) -> None:
         self.samples: list[MemorySample] = []
         self.num_finals = 0
         self._roots = roots
-        self._period_s = period_s
+        self._options = options
+        self._report = report
         self._heard_s = 0.0
         self._is_over = asyncio.Event()
 
-    async def play(self, path: Path, gateway: GatewayClient, store: Store, report: Callable[[float], None]) -> None:
+    async def play(self, path: Path, gateway: GatewayClient, store: Store) -> None:
+        """Return when the stream's records have come to the end of what is judged, and the stream is over."""
         stream_id = await gateway.start_stream(StreamSpec(source=str(path), pace="fast", channels="mix"))
         try:
             async with asyncio.TaskGroup() as group:
-                group.create_task(self._sample(report))
+                group.create_task(self._sample())
                 group.create_task(self._consume(stream_id, store))
+                stopping = group.create_task(self._stop(stream_id, gateway))
         except* TimeoutError as failed:
             raise ServiceError(
                 f"the stream published nothing for {_MAX_STALL_S:.0f} s, {self._heard_s:.0f} s into its sound"
             ) from failed
         except* Exception as failed:
             raise failed.exceptions[0] from failed
-        status = await gateway.wait_stream(stream_id)
+        status = stopping.result()
         if status.state != "ended":
             raise ServiceError(f"the stream {status.state} {self._heard_s:.0f} s into its sound: {status.message}")
 
@@ -216,32 +221,36 @@ class _Watch:
         async with asyncio.timeout(_MAX_STALL_S) as patience:
             async for entry in follow(store.client(), stream_id, _FOLLOWED):
                 patience.reschedule(loop.time() + _MAX_STALL_S)
-                record = entry.record
-                if isinstance(record, PartialRecord | FinalRecord):
-                    self._heard_s = max(self._heard_s, record.end_ms / 1_000)
-                    self.num_finals += isinstance(record, FinalRecord)
-                elif isinstance(record, HealthRecord) and record.event in END_STATES:
-                    self._is_over.set()  # the process that decodes its media is gone from here on
+                if isinstance(entry.record, PartialRecord | FinalRecord):
+                    self._heard_s = max(self._heard_s, entry.record.end_ms / 1_000)
+                    self.num_finals += isinstance(entry.record, FinalRecord)
+                if self._heard_s >= self._options.media_s:
+                    self._is_over.set()
+        self._is_over.set()
 
-    async def _sample(self, report: Callable[[float], None]) -> None:
+    async def _stop(self, stream_id: str, gateway: GatewayClient) -> StreamStatus:
+        await self._is_over.wait()
+        return await gateway.stop_stream(stream_id)
+
+    async def _sample(self) -> None:
         while not self._is_over.is_set():
             heard_s = self._heard_s
             memory = await asyncio.to_thread(measure_memory, self._roots)
             if self._is_over.is_set():
                 return
             self.samples.append(MemorySample(heard_s, memory))
-            report(heard_s)
+            self._report(f"{heard_s:.0f} of {self._options.media_s:.0f} s heard")
             try:
-                async with asyncio.timeout(self._period_s):
+                async with asyncio.timeout(self._options.period_s):
                     await self._is_over.wait()
             except TimeoutError:
                 continue
 
 
-def _write_media(options: MemoryOptions, path: Path) -> float:
+def _write_media(options: MemoryOptions, path: Path) -> None:
     path.parent.chmod(0o755)  # ingest processes read the media as another user
     turn, _ = load_stream(options.media, 0.0, options.language)
-    return write_looped_wav(path, turn, options.media_s)
+    write_looped_wav(path, turn, options.media_s + _TAIL_S)
 
 
 def _median(memories: Sequence[Memory]) -> Memory:

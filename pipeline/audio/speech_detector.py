@@ -56,18 +56,16 @@ class SpeechDetector:
         The energy is that above the cutoff. Digital silence, as gaps are filled with, is never speech. How the windows
         are grouped into calls changes nothing.
         """
-        if not len(windows):
-            return []
-        filtered = windows if self._spectrum is None else self._filter(windows.reshape(-1), self._spectrum)
-        data, num_bytes = filtered.tobytes(), windows[0].nbytes
-        has_sound = np.any(windows, axis=1)
-        as_float = filtered.reshape(windows.shape).astype(np.float64)  # squares of int16 add up exactly
-        energies = np.einsum("ij,ij->i", as_float, as_float)
+        heard = windows.tobytes()
+        filtered = windows.reshape(-1) if self._spectrum is None else self._filter(windows.reshape(-1), self._spectrum)
+        above_cutoff = filtered.tobytes()
+        as_float = filtered.astype(np.float64).reshape(windows.shape)  # squares of int16 add up exactly
+        num_bytes = windows.shape[1] * windows.itemsize
         judged: list[tuple[bool, float]] = []
-        for index in range(len(windows)):
-            window = data[index * num_bytes : (index + 1) * num_bytes]
-            is_speech = self._vad.is_speech(window, SAMPLE_RATE_HZ)
-            judged.append((is_speech and bool(has_sound[index]), float(energies[index])))
+        for index, window in enumerate(as_float):
+            here = slice(index * num_bytes, (index + 1) * num_bytes)
+            is_speech = self._vad.is_speech(above_cutoff[here], SAMPLE_RATE_HZ)
+            judged.append((is_speech and bool(heard[here].strip(b"\0")), float(window @ window)))
         return judged
 
     def _filter(self, sound: NDArray[np.int16], spectrum: NDArray[np.complex128]) -> NDArray[np.int16]:
@@ -82,6 +80,9 @@ class SpeechDetector:
         for start in range(0, len(sound), _BLOCK_SAMPLES):
             block = joined[start : start + _TRANSFORM_SAMPLES]
             product = np.fft.irfft(np.fft.rfft(block, _TRANSFORM_SAMPLES) * spectrum, _TRANSFORM_SAMPLES)
-            exact = np.rint(product[_NUM_TAPS - 1 : len(block)])
-            filtered[start : start + _BLOCK_SAMPLES] = np.floor(exact / _TAP_ONE).clip(-32_768, 32_767)
+            sums = product[_NUM_TAPS - 1 : len(block)]
+            np.rint(sums, out=sums)
+            np.floor(np.multiply(sums, 1 / _TAP_ONE, out=sums), out=sums)
+            np.minimum(np.maximum(sums, -32_768, out=sums), 32_767, out=sums)
+            filtered[start : start + _BLOCK_SAMPLES] = sums
         return filtered

@@ -16,7 +16,7 @@ from typing import Protocol
 
 import numpy as np
 
-from pipeline.decode.guards import SILENCE, GuardParams, token_cap
+from pipeline.decode.guards import SILENCE, GuardParams, is_sparse, token_cap
 from pipeline.decode.runner import DecodeRunner, Lease, Row, RowResult, TimedText
 from pipeline.decode.scheduler import Ended, EndReason, Piece, Priority, Progress, Scheduler, SchedulerParams, Work
 from pipeline.decode.sequence import Feed, Limits, Prompt, TokenSequence
@@ -326,7 +326,7 @@ class DecodeEngine:
         request, sequence = active.request, active.sequence
         language = self._prompter.language_of_prompt(sequence.prompt)
         words: tuple[Word, ...] = ()
-        if (request.is_final or request.wants_words) and active.task.kind is TaskKind.TRANSCRIBE and active.lease is not None:
+        if self._has_timed_words(active) and active.lease is not None:
             text = TimedText(sequence.prompt, sequence.tokens, sequence.logprobs, language)
             words = self._runner.words(active.lease, text, active.embeddings.num_audio_samples)
         if request.language is None:
@@ -346,6 +346,17 @@ class DecodeEngine:
             no_speech_probability=sequence.start.no_speech_probability if sequence.start is not None else 0.0,
             num_passes=sequence.num_passes,
             guard=sequence.guard,
+        )
+
+    def _has_timed_words(self, active: _Active) -> bool:
+        """Whether the words of what was decoded get times: finals, and partials that may have passed over speech."""
+        if active.task.kind is not TaskKind.TRANSCRIBE:
+            return False
+        sequence, num_audio_samples = active.sequence, active.embeddings.num_audio_samples
+        if active.request.is_final:
+            return True
+        return sequence.guard is None and (
+            active.request.wants_words or is_sparse(len(sequence.tokens), num_audio_samples, self._params.guards)
         )
 
     def _begin_next_task(self, active: _Active) -> bool:

@@ -76,6 +76,13 @@ class GuardParams(Params):
     )
     min_token_cap: int = Field(default=16, ge=1, le=448, description="text tokens allowed whatever the length of audio")
     max_tokens: int = Field(default=224, ge=1, le=4_096, description="text tokens of one hypothesis, at most")
+    sparse_tokens_per_s: float = Field(
+        default=2.5,
+        ge=0.0,
+        le=100.0,
+        description="text tokens a second of audio below which speech may have been passed over",
+    )
+    min_sparse_ms: int = Field(default=1_500, ge=0, le=30_000, description="shorter audio is never called sparse")
 
 
 class LoopDetector:
@@ -150,6 +157,12 @@ def is_silence(text: str, no_speech_probability: float, average_logprob: float, 
         (params.certain_no_speech_threshold, params.certain_logprob_threshold),
     )
     return any(no_speech_probability > floor and average_logprob < ceiling for floor, ceiling in pairs)
+
+
+def is_sparse(num_tokens: int, num_audio_samples: int, params: GuardParams) -> bool:
+    """Whether a text has so few tokens for so many samples of 16 kHz audio that it may pass over speech."""
+    seconds = num_audio_samples / SAMPLE_RATE_HZ
+    return seconds * 1_000 >= params.min_sparse_ms and num_tokens < seconds * params.sparse_tokens_per_s
 
 
 def token_cap(num_audio_samples: int, params: GuardParams) -> int:

@@ -132,7 +132,12 @@ class BFloat16Linear:
 
 def reduced_linear(arithmetic: Arithmetic) -> LinearFactory:
     """Return what makes linear layers in `arithmetic`, float32 outside: for partials, not for finals."""
-    return {"float32": fast_linear, "bfloat16": BFloat16Linear, "int8": Int8Linear}[arithmetic]
+    factories: dict[Arithmetic, LinearFactory] = {
+        "float32": fast_linear,
+        "bfloat16": BFloat16Linear,
+        "int8": Int8Linear,
+    }
+    return factories[arithmetic]
 
 
 def fast_linear(weight: Tensor, bias: Tensor | None = None) -> Linear:

@@ -3,9 +3,9 @@
 An utterance grows while somebody speaks, but its words become stable from the front. Once they have, the sound before
 one of them is left out of the next partial's snapshot: what was said there stays as it was shown (`head`), and the
 stable words that the window still holds are given to the decoder (`prefix`), so that a cut that hits a word's edge
-neither repeats nor loses it. So a partial costs what the last seconds cost, however long the utterance is. Finals always
-hear the whole utterance. Trimming at a stable word is what whisper_streaming does with its buffer (Macháček et al. 2023,
-https://arxiv.org/abs/2307.14743); that the stable words are given, not only a prompt, is ours.
+neither repeats nor loses it. So a partial costs what the last seconds cost, however long the utterance is. Finals
+always hear the whole utterance. Trimming at a stable word is what whisper_streaming does with its buffer (Macháček et
+al. 2023, https://arxiv.org/abs/2307.14743); that the stable words are given, not only a prompt, is ours.
 """
 
 from __future__ import annotations
@@ -31,6 +31,11 @@ class PartialWindow:
     prefix: tuple[int, ...] = ()
     draft: tuple[int, ...] = ()
     _head_units: list[str] = field(default_factory=list)
+
+    @property
+    def num_head_units(self) -> int:
+        """How many units lie before the window."""
+        return len(self._head_units)
 
     @property
     def tokens(self) -> tuple[int, ...]:

@@ -14,7 +14,7 @@ from pydantic import Field
 
 from pipeline.items import Hypothesis, Word
 from pipeline.params import Params
-from pipeline.text.stable_prefix import normalise_unit
+from pipeline.text.stable_prefix import normalise_unit, split_units
 from pipeline.timebase import ms_to_samples
 
 
@@ -73,6 +73,20 @@ def find_skipped(words: Sequence[Word], speech_end_sample: int, params: SkippedS
     return found
 
 
+def num_units_before_skipped(hypothesis: Hypothesis, speech_end_sample: int, params: SkippedSpeechParams) -> int | None:
+    """Return how many units of the text stand before the first stretch in which words seem to be missing.
+
+    None if there is no such stretch behind which a word stands, or nothing is known because no word has a time.
+    """
+    skipped = find_skipped(hypothesis.words, speech_end_sample, params)
+    if not skipped or skipped[0].first == len(hypothesis.words):
+        return None
+    joint = _joint(hypothesis)
+    return (
+        0 if joint is None else len(split_units(joint.join(word.text for word in hypothesis.words[: skipped[0].first])))
+    )
+
+
 def shortened(stretch: Stretch, params: SkippedSpeechParams) -> Stretch | None:
     """Return `stretch` without its end, for another look, or None if that would leave too little."""
     end_sample = stretch.end_sample - ms_to_samples(params.shortened_by_ms)
@@ -95,6 +109,11 @@ def put_in(final: Hypothesis, look: Hypothesis, stretch: Stretch, offset_samples
         replace(word, start_sample=word.start_sample + offset_samples, end_sample=word.end_sample + offset_samples)
         for word in look.words
     ]
+    num_again = _num_overlapping(moved, behind)
+    hidden_by = {normalise_unit(word.text) for word in within}
+    if num_again > 1 and hidden_by <= {normalise_unit(word.text) for word in moved}:
+        # An earlier look put that sentence in without room for it; this one heard where it was said.
+        behind = behind[num_again:]
     inner = _merge(_without_neighbours(moved, before, behind), within, stretch)
     if inner is None:
         return None
@@ -135,13 +154,17 @@ def _joint(final: Hypothesis) -> str | None:
 
 
 def _without_neighbours(found: Sequence[Word], before: Sequence[Word], behind: Sequence[Word]) -> list[Word]:
-    """Return `found` without what the margins let in: the word before the stretch and the one behind it."""
+    """Return `found` without what stands before the stretch and behind it already, as margins let it in."""
     words = list(found)
-    if words and before and normalise_unit(words[0].text) == normalise_unit(before[-1].text):
-        words.pop(0)
-    if words and behind and normalise_unit(words[-1].text) == normalise_unit(behind[0].text):
-        words.pop()
-    return words
+    words = words[_num_overlapping(before, words) :]
+    return words[: len(words) - _num_overlapping(words, behind)]
+
+
+def _num_overlapping(first: Sequence[Word], second: Sequence[Word]) -> int:
+    """Return how many words at the end of `first` are those at the start of `second`, at most."""
+    left, right = [[normalise_unit(word.text) for word in words] for words in (first, second)]
+    longest = min(len(left), len(right))
+    return next((count for count in range(longest, 0, -1) if left[-count:] == right[:count]), 0)
 
 
 def _placed(words: Sequence[Word], floor: int, behind: Sequence[Word]) -> list[Word]:
