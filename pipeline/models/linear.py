@@ -98,8 +98,8 @@ class BlockedLinear:
 class Int8Linear:
     """A linear layer in integers: weights by output, inputs by row, both symmetric in -127..127 (CPU).
 
-    The scale of a row is its own largest magnitude, found anew for every call (dynamic quantisation as in CTranslate2, or
-    LLM.int8() without outliers apart: Dettmers et al. 2022, https://arxiv.org/abs/2208.07339). Sums of integers are
+    The scale of a row is its own largest magnitude, found anew for every call (dynamic quantisation as in CTranslate2,
+    or LLM.int8() without outliers apart: Dettmers et al. 2022, https://arxiv.org/abs/2208.07339). Sums of integers are
     exact, so a row's bits do not depend on what else is in the product.
     """
 

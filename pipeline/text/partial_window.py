@@ -58,8 +58,11 @@ class PartialWindow:
         """
         words = hypothesis.words
         units = [len(split_units(word.text)) for word in words]
-        if sum(units) != len(split_units(hypothesis.text)) or any(count != 1 for count in units):
+        num_tokens = sum(word.num_tokens for word in words)
+        if len(words) != len(split_units(hypothesis.text)) or any(count != 1 for count in units):
             return  # a script without spaces, or words that are no units: the window just grows
+        if num_tokens != len(hypothesis.tokens):
+            return  # nor where words do not tell their tokens
         num_stable = min(len(words), num_stable_units - len(self._head_units))
         latest = end_sample - keep_samples - self.start_sample
         cut = max((k for k in range(1, num_stable) if words[k].start_sample <= latest), default=0)
