@@ -191,7 +191,7 @@ class Hypothesis:
     """What the decoder answers for one snapshot and one task.
 
     `tokens` are text tokens only, the prefix included (they are the next draft). `words` is filled for transcriptions:
-    of finals, and of partials that words are wanted of or that have so few tokens that they may have passed over speech.
+    of finals, and of partials of which words are wanted or that have so few tokens that they may pass over speech.
     `guard` names the guard that fired: the text is then already cut (or empty), and the tokens must not become a draft.
     """
 

@@ -52,7 +52,8 @@ class RayCluster:
 def ray_cluster() -> Iterator[RayCluster]:
     """The service on Ray with the default models; shared, so leave it as it was found."""
     data_dir = Path(tempfile.mkdtemp(prefix="surtitle-"))
-    settings = load_settings("edge", environ={}).settings
+    # float32 for partials too: what "auto" finds fastest is another thing on every machine.
+    settings = load_settings("edge", environ={"SURTITLE_MODEL__PARTIAL_DTYPE": "float32"}).settings
     settings = settings.model_copy(update={"redis": settings.redis.model_copy(update={"data_dir": data_dir})})
     app = RayApp(settings)
     try:

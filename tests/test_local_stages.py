@@ -45,7 +45,8 @@ ENGLISH = Task(TaskKind.TRANSLATE, "en")
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> ModelParams:
-    return ModelParams(name=str(save_tiny(tmp_path_factory.mktemp("tiny"))), encoder_threads=1, decoder_threads=1)
+    name = str(save_tiny(tmp_path_factory.mktemp("tiny")))
+    return ModelParams(name=name, partial_dtype="float32", encoder_threads=1, decoder_threads=1)
 
 
 @pytest.fixture

@@ -95,7 +95,9 @@ def local_models() -> LocalModels:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def local_stages() -> AsyncIterator[Stages]:
-    stages = await LocalStages.open(ModelParams(), EncoderParams(), DecoderParams(), DispatchParams(), Metrics())
+    stages = await LocalStages.open(
+        ModelParams(partial_dtype="float32"), EncoderParams(), DecoderParams(), DispatchParams(), Metrics()
+    )
     yield stages
     await stages.aclose()
 

@@ -6,11 +6,11 @@ own slot. Nothing is copied or allocated per step but activations.
 There are two kinds of lease: exact ones (finals) in float32, and others, for which products with weights may be in a
 reduced arithmetic and rows of one token attend all at once, over views of the memory.
 
-Exactness: the result of a token under an exact lease has the same bits whatever runs beside it and however its sequence
-was cut into passes. Linear layers see to it themselves (pipeline/models/linear.py). The text attention of a place always spans the places up
-to the next multiple of 64, those behind it masked to exactly zero, so that its shape depends on the place alone. And
-attention has at least four queries, padded if need be: batched products of four or more rows were measured to give each
-row the same bits for any number of them, those of one to three did not.
+Exactness: the result of a token under an exact lease has the same bits whatever runs beside it and however its
+sequence was cut into passes. Linear layers see to it themselves (pipeline/models/linear.py). The text attention of a
+place always spans the places up to the next multiple of 64, those behind it masked to exactly zero, so that its shape
+depends on the place alone. And attention has at least four queries, padded if need be: batched products of four or
+more rows were measured to give each row the same bits for any number of them, those of one to three did not.
 """
 
 from __future__ import annotations
