@@ -46,11 +46,10 @@ _RAY_ENVIRONMENT = {
     "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "10000",
 }
 _OWN_CLUSTER_ENVIRONMENT = {
-    # Ray's own metrics, the events that its dashboard lists tasks from, and the statistics of its event loops: nobody
-    # can read them in a cluster without a dashboard, and every call pays for them. The service has /metrics.
+    # Ray's own metrics and the events that its dashboard lists tasks from: a cluster of our own has no dashboard, and
+    # the service has /metrics.
     "RAY_enable_metrics_collection": "0",
     "RAY_task_events_report_interval_ms": "0",
-    "RAY_event_stats": "0",
     # Serve's controller asks for the state of nodes, replicas and applications ten times a second otherwise. A replica
     # that died is replaced half a second later, which is little beside the loading of its model.
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
