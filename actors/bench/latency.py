@@ -9,11 +9,15 @@ import math
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
+from pipeline.items import CloseReason
 from pipeline.records import ErrorRecord, FinalRecord, PartialRecord, Record
 from pipeline.text.stable_prefix import normalise_unit, split_units
+
+_UNITS_PER_EDIT = 4
+"""Of so many units in front of a hard cut, a partial may have one otherwise and still tell where the cut lies."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +87,9 @@ class Latencies:
 def measure(received: Sequence[Received], anchor_ms: float, utterances: Mapping[int, UtteranceTimes]) -> Latencies:
     """Return the latencies of one stream of one channel.
 
+    The first words of an utterance behind a hard cut were heard and shown as the end of the one before: what partials
+    of that one had behind the words that its final kept counts as shown of this one.
+
     Args:
         received: its records in the order in which a consumer got them.
         anchor_ms: wall time of media sample 0.
@@ -102,10 +109,14 @@ def measure(received: Sequence[Received], anchor_ms: float, utterances: Mapping[
     result.num_finals_lost = sum(number not in finals for number in utterances)
     for history in partials.values():
         result.cadence_ms += [later - earlier for (_, earlier), (_, later) in pairwise(history)]
+    histories = _find_histories(partials, finals)
     for number, (final, at_ms) in finals.items():
         times = utterances.get(number)
         if times is not None and final.text:
-            _measure_utterance(result, partials[number], (final, at_ms), _Wall(anchor_ms, times))
+            num_stable, num_lost = count_stable_words([record for record, _ in partials[number]], final)
+            result.num_stable_words += num_stable
+            result.num_stable_words_lost += num_lost
+            _measure_utterance(result, histories[number], (final, at_ms), _Wall(anchor_ms, times))
     return result
 
 
@@ -119,14 +130,7 @@ def count_lost_words(stable: Sequence[str], final: Sequence[str]) -> int:
 
     Units are compared by their letters and digits, without case. The beginning that costs least counts.
     """
-    before = list(range(len(final) + 1))
-    for row, word in enumerate(stable, start=1):
-        current = [row]
-        for column, kept in enumerate(final, start=1):
-            substituted = before[column - 1] + (normalise_unit(word) != normalise_unit(kept))
-            current.append(min(substituted, before[column] + 1, current[-1] + 1))
-        before = current
-    return min(before)
+    return min(_count_edits(list(map(normalise_unit, stable)), list(map(normalise_unit, final))))
 
 
 def count_stable_words(partials: Sequence[PartialRecord], final: FinalRecord) -> tuple[int, int]:
@@ -151,16 +155,73 @@ class _Wall:
         return self.anchor_ms + self.times.last_speech_ms
 
 
+@dataclass(frozen=True, slots=True)
+class _Shown:
+    """What a viewer saw of an utterance from wall time `at_ms` on: its units as they are compared, the first stable.
+
+    `heard_ms` is the media time up to which sound had been heard for it.
+    """
+
+    units: list[str]
+    num_stable: int
+    heard_ms: int
+    at_ms: float
+
+    @staticmethod
+    def of(record: PartialRecord, at_ms: float) -> _Shown:
+        return _Shown(_compared_units(record.text), len(_stable_units(record)), record.end_ms, at_ms)
+
+
+def _find_histories(
+    partials: Mapping[int, Sequence[tuple[PartialRecord, float]]], finals: Mapping[int, tuple[FinalRecord, float]]
+) -> dict[int, list[_Shown]]:
+    """Return, by number, what was shown of every utterance with a final before that, in the order of time."""
+    histories: dict[int, list[_Shown]] = {}
+    for number in sorted(finals):
+        shown = [_Shown.of(record, at_ms) for record, at_ms in partials.get(number, [])]
+        if number - 1 in finals:
+            shown += _behind_hard_cut(histories[number - 1], *finals[number - 1])
+        histories[number] = sorted(shown, key=lambda seen: seen.at_ms)
+    return histories
+
+
+def _behind_hard_cut(history: Iterable[_Shown], final: FinalRecord, final_at_ms: float) -> list[_Shown]:
+    """Return what `history`, of the utterance that ended with `final`, shows of the next one, if `final` is a hard cut.
+
+    A partial that had heard nothing behind the cut cannot show it, and nobody sees one that comes behind its final.
+    """
+    if final.close_reason != CloseReason.LIMIT:
+        return []
+    kept = _compared_units(final.text)
+    found: list[_Shown] = []
+    for shown in history:
+        place = _find_joint(kept, shown.units)
+        if place is not None and shown.heard_ms > final.end_ms and shown.at_ms <= final_at_ms:
+            num_stable = max(0, shown.num_stable - place)
+            found.append(replace(shown, units=shown.units[place:], num_stable=num_stable))
+    return found
+
+
+def _find_joint(kept: Sequence[str], shown: Sequence[str]) -> int | None:
+    """Return how many of the units `shown` are those that a final `kept`; None where that is not certain.
+
+    It is the beginning of `shown` that the fewest edits turn `kept` into. Where the unit in front of the cut is another
+    or missing, two beginnings are equally near, and what stands behind has no certain place.
+    """
+    edits = _count_edits(kept, shown)
+    fewest = min(edits)
+    if not kept or edits.count(fewest) > 1 or _UNITS_PER_EDIT * fewest > len(kept):
+        return None
+    return edits.index(fewest)
+
+
 def _measure_utterance(
-    result: Latencies,
-    partials: Sequence[tuple[PartialRecord, float]],
-    final_and_time: tuple[FinalRecord, float],
-    wall: _Wall,
+    result: Latencies, history: Sequence[_Shown], final_and_time: tuple[FinalRecord, float], wall: _Wall
 ) -> None:
     final, final_at_ms = final_and_time
-    units = [normalise_unit(unit) for unit in split_units(final.text)]
-    shown = [([normalise_unit(unit) for unit in split_units(record.text)], at_ms) for record, at_ms in partials]
-    stable = [(_stable_units(record), at_ms) for record, at_ms in partials]
+    units = _compared_units(final.text)
+    shown = [(seen.units, seen.at_ms) for seen in history]
+    stable = [(seen.units[: seen.num_stable], seen.at_ms) for seen in history]
     whole = (units, final_at_ms)
 
     first_word_at_ms = _first_time(0, units, [*shown, whole])
@@ -171,14 +232,26 @@ def _measure_utterance(
         result.emission_lag_ms.append(_first_time(place, units, [*shown, whole]) - said_at_ms)
         result.stable_lag_ms.append(_first_time(place, units, [*stable, whole]) - said_at_ms)
         result.commit_lag_ms.append(final_at_ms - said_at_ms)
-    num_stable, num_lost = count_stable_words([record for record, _ in partials], final)
-    result.num_stable_words += num_stable
-    result.num_stable_words_lost += num_lost
 
 
 def _first_time(place: int, units: Sequence[str], history: Sequence[tuple[Sequence[str], float]]) -> float:
     """Return when the final's unit at `place` was first seen there; the last of `history` is the final itself."""
     return next(at_ms for seen, at_ms in history if len(seen) > place and seen[place] == units[place])
+
+
+def _count_edits(units: Sequence[str], whole: Sequence[str]) -> list[int]:
+    """Return how many edits turn `units` into the first 0, 1, …, len(whole) units of `whole`."""
+    before = list(range(len(whole) + 1))
+    for row, unit in enumerate(units, start=1):
+        current = [row]
+        for column, other in enumerate(whole, start=1):
+            current.append(min(before[column - 1] + (unit != other), before[column] + 1, current[-1] + 1))
+        before = current
+    return before
+
+
+def _compared_units(text: str) -> list[str]:
+    return [normalise_unit(unit) for unit in split_units(text)]
 
 
 def _stable_units(record: PartialRecord) -> list[str]:
