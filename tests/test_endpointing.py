@@ -19,6 +19,7 @@ LIMITS = EndpointLimits(
     post_roll=5,
     soft_limit=60,
     soft_pause=6,
+    limit_pause=2,
     hard_limit=100,
     cut_search=30,
     quiet_span=4,
@@ -148,11 +149,20 @@ def test_a_short_pause_before_the_soft_limit_closes_nothing() -> None:
     assert item.close.reason is CloseReason.PAUSE
 
 
+def test_the_nearer_the_hard_limit_the_shorter_a_pause_is_enough() -> None:
+    for num_speech, pause in ((LIMITS.soft_limit, 6), (80, 4), (97, 3)):
+        for length, reason in ((pause, CloseReason.LONG), (pause - 1, CloseReason.LIMIT)):
+            item = drive(windows((num_speech, True), (length, False), (LIMITS.hard_limit, True)))[0]
+            assert item.close.reason is reason, (num_speech, length)
+            if reason is CloseReason.LONG:
+                assert item.close.speech_end == num_speech
+
+
 def test_endless_speech_is_cut_in_the_middle_of_its_longest_hole() -> None:
-    hole, short = 4, 2
+    hole, short = 3, 1
     speech = windows((78, True), (hole, False), (8, True), (short, False), (60, True), (20, False))
     first, second = drive(speech)
-    assert first.close == Close(78 + hole // 2, 78, CloseReason.LIMIT)
+    assert first.close == Close(78 + (hole + 1) // 2, 78, CloseReason.LIMIT)
     assert (second.start, second.onset) == (first.close.end, first.close.end)
 
 

@@ -47,10 +47,14 @@ class VadParams(Params):
         default=8_000, ge=1_000, le=28_000, description="length from which a short pause is enough"
     )
     soft_pause_ms: int = Field(default=200, ge=30, le=3_000, description="the shortest silence that counts as a pause")
-    hard_limit_ms: int = Field(default=15_000, ge=2_000, le=28_000, description="length at which an utterance is cut")
-    cut_search_ms: int = Field(
-        default=4_000, ge=200, le=14_000, description="how far back the place for the cut may lie"
+    limit_pause_ms: int = Field(
+        default=60,
+        ge=10,
+        le=3_000,
+        description="near the hard limit so short a silence is enough; in between, the nearer the shorter",
     )
+    hard_limit_ms: int = Field(default=15_000, ge=2_000, le=28_000, description="length at which an utterance is cut")
+    cut_search_ms: int = Field(default=800, ge=200, le=14_000, description="how far back the place for the cut may lie")
     warm_up_ms: int = Field(default=1_000, ge=0, le=10_000, description="sound that a new detector hears beforehand")
     renew_ms: int = Field(default=30_000, ge=5_000, le=300_000, description="grid of new detectors while nobody speaks")
 
@@ -59,7 +63,8 @@ class VadParams(Params):
         for low, high in (
             ("post_roll_ms", "hangover_ms"),
             ("soft_pause_ms", "hangover_ms"),
-            ("hangover_ms", "cut_search_ms"),
+            ("limit_pause_ms", "soft_pause_ms"),
+            ("soft_pause_ms", "cut_search_ms"),
             ("pre_roll_ms", "warm_up_ms"),
             ("soft_limit_ms", "hard_limit_ms"),
         ):
@@ -85,6 +90,7 @@ class VadParams(Params):
             post_roll=self.windows(self.post_roll_ms),
             soft_limit=self.windows(self.soft_limit_ms),
             soft_pause=self.windows(self.soft_pause_ms),
+            limit_pause=self.windows(self.limit_pause_ms),
             hard_limit=self.windows(self.hard_limit_ms),
             cut_search=self.windows(self.cut_search_ms),
             quiet_span=self.windows(_QUIET_SPAN_MS),

@@ -25,6 +25,7 @@ class EndpointLimits:
     post_roll: int
     soft_limit: int
     soft_pause: int
+    limit_pause: int
     hard_limit: int
     cut_search: int
     quiet_span: int
@@ -139,7 +140,7 @@ class Endpointer:
         length, pause = self._next - self._start, self._next - self._speech_end
         if pause >= limits.hangover:
             return self._close(self._speech_end + limits.post_roll, CloseReason.PAUSE)
-        if length >= limits.soft_limit and pause >= limits.soft_pause:
+        if length >= limits.soft_limit and pause >= self._pause_needed(length):
             # Half of the pause stays for the next utterance, which may begin with a consonant too soft to be detected.
             return self._close(self._speech_end + min(limits.post_roll, pause // 2), CloseReason.LONG)
         if length >= limits.hard_limit:
@@ -149,6 +150,12 @@ class Endpointer:
             self._speech_end = first + (heard[-1] + 1 if heard else 0)
             return self._close(first + cut, CloseReason.LIMIT)
         return None
+
+    def _pause_needed(self, length: int) -> int:
+        """Return the pause that ends an utterance of `length` windows: it gets shorter from limit to limit."""
+        limits = self._limits
+        span = max(1, limits.hard_limit - limits.soft_limit)
+        return limits.soft_pause - (limits.soft_pause - limits.limit_pause) * (length - limits.soft_limit) // span
 
     def _close(self, end: int, reason: CloseReason) -> Close:
         self._state = _State.CLOSED
