@@ -32,6 +32,8 @@ _DEADBAND = 1.08
 """Utilisation is not measured so exactly that it could be followed more closely."""
 _HOLD_MS = 1_000.0
 """The cadence does not shorten for so long after the stages were behind: the effect of a stretch is not seen sooner."""
+_GATHER_SHARE = 0.25
+_MAX_GATHER_MS = 400.0
 _NO_REST_MS = 750.0
 """A stage may work for so long on one final."""
 
@@ -88,6 +90,15 @@ class CadencePolicy:
         """New sound between two partials of an utterance, in milliseconds; whole chunks within the bounds."""
         whole_ms = round(self._cadence_ms / CHUNK_MS) * CHUNK_MS
         return round(min(self._max_ms, max(self._min_ms, whole_ms)))
+
+    @property
+    def gather_ms(self) -> float:
+        """How long after a call the next one that has partials only may wait for company, in milliseconds.
+
+        The decoder reads its weights once a pass, whoever is in it: four partials together cost it half of what they
+        cost one by one. Idle stages lose nothing by working one by one, so they do.
+        """
+        return min(_MAX_GATHER_MS, _GATHER_SHARE * (self.cadence_ms - self._min_ms))
 
     @property
     def encoder_utilisation(self) -> float:

@@ -100,6 +100,11 @@ class DispatchQueue:
         """Snapshots sent and not answered yet."""
         return len(self._in_flight)
 
+    @property
+    def has_final_waiting(self) -> bool:
+        """Whether a final waits for a call."""
+        return bool(self._finals or self._suspects)
+
     def has_room(self) -> bool:
         """Whether another snapshot may wait."""
         return self.num_waiting < self._params.max_waiting_snapshots

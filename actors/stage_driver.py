@@ -1,8 +1,7 @@
 """Carries snapshots through the stages: what both implementations of `Stages` share.
 
 It owns the dispatch queue, keeps calls in flight, hands every outcome to whoever submitted the snapshot, and submits
-again what was lost. How a call reaches the models is the transport's affair: `actors/local_stages.py` and
-`actors/serve_stages.py`.
+again what was lost. How a call reaches the models is the transport's affair (`actors/transport.py`).
 """
 
 from __future__ import annotations
@@ -10,10 +9,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import time
 from collections.abc import AsyncGenerator, Iterable
-from contextlib import AbstractAsyncContextManager, aclosing
-from typing import Protocol
+from contextlib import aclosing
 
 from actors.audio_encoder import EncoderInfo
 from actors.cadence import CadencePolicy
@@ -22,6 +21,7 @@ from actors.dispatch import CostModel, DispatchParams, DispatchQueue
 from actors.load_meter import LoadMeter
 from actors.metrics import Metrics
 from actors.stages import StagesInfo
+from actors.transport import StageCall, Transport
 from pipeline.errors import StageUnavailable
 from pipeline.items import DecodeRequest, Failure, FailureKind, Outcome, Snapshot, SnapshotKey
 from pipeline.stream_params import SnapshotParams
@@ -30,59 +30,6 @@ logger = logging.getLogger(__name__)
 
 _TICK_S = 0.25
 """How often what waits is looked at for having waited too long, and the cadence adapts."""
-
-
-class StageCall(Protocol):
-    """One call: some snapshots on their way through encoder and decoder."""
-
-    async def wait_encoded(self) -> None:
-        """Return when the encoder is done with this call. Never raises: `outcomes` tells what went wrong."""
-        ...
-
-    def outcomes(self) -> AsyncGenerator[Outcome, None]:
-        """Yield the outcomes as they come.
-
-        Raises:
-            StageUnavailable: if a stage died under the call or fell silent.
-        """
-        ...
-
-    async def aclose(self) -> None:
-        """Give the call up: nobody waits for its outcomes any more."""
-        ...
-
-
-class Lane(Protocol):
-    """A place that is free for one call now."""
-
-    async def start(self, snapshots: list[Snapshot], requests: list[DecodeRequest]) -> StageCall:
-        """Send `snapshots` to the encoder and, with what that makes of them, `requests` to the decoder.
-
-        Raises:
-            StageUnavailable: if they did not reach the stage.
-        """
-        ...
-
-
-class Transport(Protocol):
-    """How calls reach the models."""
-
-    @property
-    def max_calls(self) -> int:
-        """Calls that may be with the encoders at once."""
-        ...
-
-    def open_lane(self) -> AbstractAsyncContextManager[Lane]:
-        """Wait until an encoder has room for a call, and hold the place while the context is open.
-
-        Raises:
-            StageUnavailable: if no encoder has room for a while.
-        """
-        ...
-
-    async def aclose(self) -> None:
-        """Release threads and handles. Idempotent."""
-        ...
 
 
 class StageDriver:
@@ -111,6 +58,7 @@ class StageDriver:
         self._wakeup = asyncio.Event()
         self._has_room = asyncio.Condition()
         self._num_encoding = 0
+        self._sent_ms = -math.inf
         self._progress_at = time.monotonic()
         self._cadence = CadencePolicy(params.cadence, bounds.min_cadence_ms, bounds.max_cadence_ms)
         # At the longest cadence a partial that is late by another one is not worth its work.
@@ -195,10 +143,13 @@ class StageDriver:
         while True:
             self._wakeup.clear()
             self._deliver_failures(self._queue.expire(_now_ms()))
+            wait_ms = 0.0
             if self._num_encoding < self._transport.max_calls and self._queue.can_take():
-                await self._send_one()
-                continue
-            timeout_s = _TICK_S if self._queue.num_waiting else None
+                wait_ms = 0.0 if self._queue.has_final_waiting else self._sent_ms + self._cadence.gather_ms - _now_ms()
+                if wait_ms <= 0:
+                    await self._send_one()
+                    continue
+            timeout_s = wait_ms / 1_000 or (_TICK_S if self._queue.num_waiting else None)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._wakeup.wait(), timeout_s)
 
@@ -223,6 +174,7 @@ class StageDriver:
             await asyncio.sleep(_TICK_S)
             return
         self._observe_queue_wait(snapshots)
+        self._sent_ms = _now_ms()
         self._add_encoding(1)
         task = asyncio.create_task(self._carry(call, snapshots), name="stage-call")
         self._calls.add(task)

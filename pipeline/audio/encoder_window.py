@@ -17,7 +17,7 @@ class EncoderParams(Params):
         default=2_000, ge=0, le=10_000, description="least silence behind the utterance; with less, text is lost"
     )
     window_step_ms: int = Field(
-        default=1_000, ge=40, le=10_000, multiple_of=20, description="a window is rounded up to a multiple of this"
+        default=200, ge=40, le=10_000, multiple_of=20, description="a window is rounded up to a multiple of this"
     )
     max_window_ms: int = Field(
         default=30_000, ge=1_000, le=30_000, multiple_of=20, description="the longest window that the model takes"

@@ -31,6 +31,8 @@ _MAX_PROBE_ROWS = 64
 _PACKED_FOR_ROWS = 16
 _INT8_MAX = 127.0
 _MIN_SCALE = 1e-8  # a row of zeros stays zeros
+_BYTE_ZERO = 128
+_PACKED_OUTPUTS, _PACKED_INPUTS = 4_096, 1_024
 
 
 _probed: dict[tuple[int, int], int | None] = {}  # the answer depends on the machine and the shape, not on the weights
@@ -101,21 +103,38 @@ class Int8Linear:
     The scale of a row is its own largest magnitude, found anew for every call (dynamic quantisation as in CTranslate2,
     or LLM.int8() without outliers apart: Dettmers et al. 2022, https://arxiv.org/abs/2208.07339). Sums of integers are
     exact, so a row's bits do not depend on what else is in the product.
+
+    Large layers have packed weights (oneDNN): a quarter to two thirds of the time for few rows; small ones are quicker
+    without.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        scale = weight.abs().amax(1).clamp_min_(_MIN_SCALE).div_(_INT8_MAX)
-        self._weight = (weight / scale[:, None]).round_().to(torch.int8).t()
-        self._scale = scale
+        self._scale = weight.abs().amax(1).clamp_min_(_MIN_SCALE).div_(_INT8_MAX)
         self._bias = torch.zeros(weight.shape[0]) if bias is None else bias
+        integers = (weight / self._scale[:, None]).round_().to(torch.int8)
+        self._is_packed = weight.shape[0] >= _PACKED_OUTPUTS or weight.shape[1] >= _PACKED_INPUTS
+        self._no_offsets = torch.zeros(weight.shape[0], dtype=torch.int64)
+        self._weight = torch.ops.onednn.qlinear_prepack(integers, None) if self._is_packed else integers.t()
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return float32[..., outputs] for `x` float32[..., inputs]."""
         rows = x.reshape(-1, x.shape[-1])
         scale = rows.abs().amax(-1, keepdim=True).clamp_min_(_MIN_SCALE).div_(_INT8_MAX)
-        quantised = (rows / scale).round_().to(torch.int8)
-        sums = torch._int_mm(quantised, self._weight).float().mul_(self._scale)
+        scaled = rows / scale
+        sums = self._multiply_packed(scaled) if self._is_packed else self._multiply(scaled)
         return torch.addcmul(self._bias, sums, scale).view(*x.shape[:-1], -1)
+
+    def _multiply(self, scaled: Tensor) -> Tensor:
+        return torch._int_mm(scaled.round_().to(torch.int8), self._weight).float().mul_(self._scale)
+
+    def _multiply_packed(self, scaled: Tensor) -> Tensor:
+        # The kernel wants bytes from 0 on: 128 is its zero. Adding a half rounds, as what follows cuts off.
+        rows = scaled.add_(_BYTE_ZERO + 0.5).to(torch.uint8)
+        sums: Tensor = torch.ops.onednn.qlinear_pointwise(
+            rows, 1.0, _BYTE_ZERO, self._weight, self._scale, self._no_offsets, None,
+            1.0, 0, torch.float32, "none", [], "",
+        )  # fmt: skip
+        return sums
 
 
 class BFloat16Linear:
