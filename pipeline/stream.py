@@ -244,8 +244,9 @@ class Stream:
         shown = utterance.stable.revise(window.whole_text(outcome.text), heard)
         if self._publish_partial(utterance, outcome, shown):
             utterance.num_shown += 1
-        keep_samples = ms_to_samples(self.params.snapshots.window_ms)
-        window.advance(outcome, utterance.stable.num_units, utterance.snapshot_end_sample, keep_samples)
+        if self._may_advance(utterance, utterance.snapshot_end_sample):
+            keep_samples = ms_to_samples(self.params.snapshots.window_ms)
+            window.advance(outcome, utterance.stable.num_confirmed, utterance.snapshot_end_sample, keep_samples)
 
     def _publish_partial(self, utterance: OpenUtterance, outcome: Hypothesis, seen: tuple[str, int] | None) -> bool:
         """Publish what is to be seen of `outcome`, text and stable characters; return whether there was any text."""

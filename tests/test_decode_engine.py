@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from transformers import WhisperForConditionalGeneration
 
 from pipeline.decode.embeddings_to_hypotheses import DecodeEngine, DecoderParams, DecoderParts
+from pipeline.decode.guards import GuardParams
 from pipeline.decode.runner import Row
 from pipeline.decode.scheduler import SchedulerParams
 from pipeline.items import (
@@ -83,8 +84,8 @@ def reference() -> WhisperForConditionalGeneration:
     return tiny_reference(init_std=INIT_STD)
 
 
-def tiny_engine(parts: DecoderParts, **scheduler: int) -> DecodeEngine:
-    guards = NO_GUARDS.model_copy(update={"max_tokens": MAX_NEW_TOKENS})
+def tiny_engine(parts: DecoderParts, max_new_tokens: int = MAX_NEW_TOKENS, **scheduler: int) -> DecodeEngine:
+    guards = NO_GUARDS.model_copy(update={"max_tokens": max_new_tokens})
     params = DecoderParams(guards=guards, scheduler=SchedulerParams(**{"num_slots": 4, **scheduler}))
     return DecodeEngine(ModelParams(), params, parts=parts)
 
@@ -217,6 +218,74 @@ def test_a_partial_that_gave_its_slot_to_a_final_still_gets_its_hypothesis(tiny_
     assert content(partial) == content(alone)
 
 
+def test_a_draft_that_fits_again_late_is_not_fed_beyond_the_slot(tiny_parts: DecoderParts) -> None:
+    embeddings = random_embeddings(0)
+    plain = hypothesis_of(answer(tiny_engine(tiny_parts, 448), request(key()), embeddings))
+    assert len(plain.tokens) == 64 - 8 - 1  # as many as a slot of 64 has room for
+    draft = (*plain.tokens[8:], *range(1_000, 1_100))
+    drafted = hypothesis_of(answer(tiny_engine(tiny_parts, 448), request(key(), draft=draft), embeddings))
+    assert content(drafted) == content(plain)
+    assert drafted.num_passes < plain.num_passes / 2
+
+
+# Text that is given
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_every_start_of_the_text_as_prefix_gives_the_same_text(
+    tiny_parts: DecoderParts, without_draft: list[Hypothesis], seed: int
+) -> None:
+    plain, embeddings = without_draft[seed], random_embeddings(seed)
+    for num_given in range(1, MAX_NEW_TOKENS):
+        engine = tiny_engine(tiny_parts, MAX_NEW_TOKENS - num_given)
+        asked = replace(request(key(), is_final=False), prefix=plain.tokens[:num_given])
+        hypothesis = hypothesis_of(answer(engine, asked, embeddings))
+        assert (hypothesis.tokens, hypothesis.text) == (plain.tokens, plain.text)
+        assert hypothesis.num_passes == plain.num_passes - num_given
+        draft = (*plain.tokens[num_given : num_given + 5], 7, *plain.tokens[num_given + 6 :])
+        drafted = hypothesis_of(answer(engine, replace(asked, draft=draft), embeddings))
+        assert content(drafted) == content(hypothesis)
+        assert drafted.num_passes <= min(hypothesis.num_passes, 6)
+
+
+def test_a_prefix_may_be_fed_in_pieces_and_end_with_the_room_of_a_slot(tiny_parts: DecoderParts) -> None:
+    given = tuple(range(1_000, 1_054))
+    answers = {}
+    for tokens_per_step in (8, 13, 512):
+        engine = tiny_engine(tiny_parts, tokens_per_step=tokens_per_step)
+        answers[tokens_per_step] = hypothesis_of(
+            answer(engine, replace(request(key()), prefix=given), random_embeddings(1))
+        )
+    assert content(answers[8]) == content(answers[13]) == content(answers[512])
+    assert answers[512].tokens[:-1] == given
+    assert (answers[512].guard, answers[512].num_passes) == ("token_cap", 2)
+
+
+def test_a_prefix_with_special_tokens_is_cut_at_the_first(tiny_parts: DecoderParts) -> None:
+    engine, embeddings = tiny_engine(tiny_parts), random_embeddings(2)
+    clean = hypothesis_of(answer(engine, replace(request(key()), prefix=(1_000, 2_000)), embeddings))
+    assert clean.tokens[:2] == (1_000, 2_000)
+    for special in (EOT, SOT, 50_364, -1, 10**9):
+        asked = replace(request(key()), prefix=(1_000, 2_000, special, 3_000))
+        assert content(hypothesis_of(answer(engine, asked, embeddings))) == content(clean)
+
+
+def test_a_partial_with_a_prefix_that_gave_its_slot_to_a_final_still_gets_its_hypothesis(
+    tiny_parts: DecoderParts,
+) -> None:
+    engine = tiny_engine(tiny_parts, num_slots=1)
+    given = (1_000, 2_000, 3_000)
+    asked = replace(request(key(1), is_final=False), prefix=given, wants_words=True)
+    alone = hypothesis_of(answer(engine, asked, random_embeddings(1)))
+    assert alone.tokens[:3] == given
+    engine.submit(asked, replace(random_embeddings(1), key=key(1)))
+    for _ in range(10):
+        assert not engine.step()
+    engine.submit(request(key(2)), replace(random_embeddings(2), key=key(2)))
+    _, partial = run_dry(engine)
+    assert content(partial) == content(alone)
+
+
 # What a request can do wrong, and what becomes of its neighbours
 
 
@@ -230,6 +299,12 @@ def bad_requests() -> list[tuple[str, DecodeRequest, Embeddings, str]]:
         ("nan", request(key(9)), replace(good, values=np.full_like(good.values, np.nan)), "not finite"),
         ("language", request(key(9), language="xx"), good, "'xx'"),
         ("languages", request(key(9), language=None, languages=("xx", "yy")), good, "xx, yy"),
+        (
+            "prefix",
+            replace(request(key(9)), prefix=(1_000,) * 55),
+            good,
+            "a prefix of 55 tokens leaves no room for text",
+        ),
     ]
 
 
@@ -357,6 +432,36 @@ def test_finals_are_the_same_in_a_batch_with_drafts_and_partials_beside_them(
     assert [content(o) for o in sorted(outcomes, key=lambda o: o.key.utterance) if o.key.stream_id == "s"] == [
         content(final) for final in finals
     ]
+
+
+def test_a_partial_goes_on_from_its_prefix_and_its_words_cover_it(
+    utterances: list[Embeddings], finals: list[Hypothesis]
+) -> None:
+    embeddings, final = utterances[1], finals[1]
+    num_given = sum(word.num_tokens for word in final.words[:4])
+    asked = replace(request(embeddings.key, is_final=False), prefix=final.tokens[:num_given])
+    plain, timed = [
+        hypothesis_of(answer(base_engine(), replace(asked, wants_words=wants_words), embeddings))
+        for wants_words in (False, True)
+    ]
+    assert plain.words == ()
+    assert content(timed) == content(replace(plain, words=timed.words))
+    assert (timed.text, timed.tokens) == (final.text, final.tokens)
+    assert timed.num_passes == final.num_passes - num_given
+    # the same places in the memory: the same times, though what was given has no probability
+    assert [(w.text, w.start_sample, w.end_sample, w.num_tokens) for w in timed.words] == [
+        (w.text, w.start_sample, w.end_sample, w.num_tokens) for w in final.words
+    ]
+    assert [word.probability for word in timed.words] == [1.0] * 4 + [word.probability for word in final.words[4:]]
+    assert sum(word.num_tokens for word in timed.words) == len(timed.tokens)
+
+
+def test_silence_leaves_nothing_of_a_prefix(utterances: list[Embeddings], finals: list[Hypothesis]) -> None:
+    everything_is_silence = GuardParams(no_speech_threshold=0.0, logprob_threshold=0.0)
+    asked = replace(request(utterances[1].key, is_final=False), prefix=finals[1].tokens[:6], wants_words=True)
+    engine = base_engine(DecoderParams(guards=everything_is_silence))
+    hypothesis = hypothesis_of(answer(engine, asked, utterances[1]))
+    assert (hypothesis.text, hypothesis.tokens, hypothesis.words, hypothesis.guard) == ("", (), (), "silence")
 
 
 def test_a_right_draft_is_verified_in_one_pass(utterances: list[Embeddings], finals: list[Hypothesis]) -> None:

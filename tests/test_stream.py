@@ -391,3 +391,113 @@ def test_memory_does_not_grow_with_silence():
         stream.take_records()
     assert held[-1] == held[0]
     assert held[-1] < 10 * SAMPLE_RATE_HZ
+
+
+# Partials that look at the last seconds only
+
+WORD = 400 * 16
+"""Samples of a word of `said`: word number n is spoken from n of them on, whatever the sound."""
+
+
+def said(snapshot: Snapshot, *, is_timed: bool = True) -> Hypothesis:
+    """What was given, the words said since, and one that only its first half was heard of."""
+    after_given = snapshot.prefix[-1] + 1 if snapshot.prefix else -(-snapshot.start_sample // WORD)
+    tokens = (*snapshot.prefix, *range(after_given, snapshot.end_sample // WORD))
+    half = () if snapshot.is_final else (100_000 + snapshot.key.revision,)
+    numbers = (*tokens, *half)
+    words = tuple(
+        Word(f"w{number}", max(0, start - snapshot.start_sample), max(0, start + WORD - snapshot.start_sample), 0.9, 1)
+        for number, start in zip(numbers, (*(token * WORD for token in tokens), snapshot.end_sample), strict=False)
+    )
+    text = " ".join(f"w{number}" for number in numbers)
+    return replace(answer(snapshot, text), tokens=numbers, words=words if is_timed and snapshot.wants_words else ())
+
+
+@pytest.fixture(scope="module")
+def long_sound(media) -> NDArray[np.int16]:
+    return read_pcm(media / "long.wav")
+
+
+def long_params(window_ms: int = 2_500, **captions: str) -> StreamParams:
+    return StreamParams(
+        vad=VadParams(soft_limit_ms=20_000, hard_limit_ms=20_000, cut_search_ms=1_000),
+        captions=CaptionParams(**{"language": "en", **captions}),
+        snapshots=SnapshotParams(window_ms=window_ms),
+    )
+
+
+@pytest.mark.parametrize("window_ms", [1_000, 2_500, 5_000])
+def test_partials_of_long_speech_look_at_the_last_seconds_and_the_final_at_all_of_it(long_sound, window_ms):
+    served, records = caption(Stream("s", long_params(window_ms)), long_sound, lambda snapshot: [said(snapshot)])
+    *partials, final = [snapshot for snapshot in served if snapshot.key.utterance == 1]
+    assert final.is_final
+    assert len(final.samples) >= 15 * SAMPLE_RATE_HZ
+    assert partials[0].start_sample == final.start_sample
+    # What is kept, what it takes until word times are wanted or a word is stable, one cadence, one word.
+    longest_ms = max(window_ms + 500, 640 + 640 + 400) + 640 + 400
+    assert max(len(snapshot.samples) for snapshot in partials) <= longest_ms * 16
+    assert max(len(snapshot.samples) for snapshot in partials) >= window_ms * 16
+    for before, after in itertools.pairwise(partials):
+        assert after.start_sample >= before.start_sample
+        assert after.end_sample - after.start_sample >= min(window_ms * 16, after.end_sample - final.start_sample)
+        assert (after.prefix != ()) == (after.start_sample > final.start_sample)
+    # the final's draft holds every word once, the first ones too
+    first = -(-final.start_sample // WORD)
+    assert final.draft[:-1] == tuple(range(first, first + len(final.draft) - 1))
+    assert (final.draft[-2] + 1) * WORD > partials[-1].end_sample - WORD
+    assert (final.prefix, final.wants_words) == ((), False)
+    for record in [record for record in of_kind(records, PartialRecord) if record.utterance == 1]:
+        *words, _ = record.text.split()
+        assert words == [f"w{number}" for number in range(first, first + len(words))]
+        assert record.start_ms * 16 == final.start_sample
+        assert len(words) >= (record.end_ms * 16 // WORD) - first
+    stable = [record.stable_chars for record in of_kind(records, PartialRecord) if record.utterance == 1]
+    assert stable == sorted(stable)
+
+
+def test_word_times_are_wanted_of_partials_only_when_the_window_may_move(long_sound):
+    served, _ = caption(Stream("s", long_params()), long_sound, lambda snapshot: [said(snapshot)])
+    partials = [snapshot for snapshot in served if not snapshot.is_final]
+    assert all(snapshot.wants_words == (len(snapshot.samples) >= 3_000 * 16) for snapshot in partials)
+    assert 0 < sum(snapshot.wants_words for snapshot in partials) < len(partials)
+
+
+def test_without_word_times_partials_hear_the_whole_utterance(long_sound):
+    served, _ = caption(Stream("s", long_params()), long_sound, lambda snapshot: [said(snapshot, is_timed=False)])
+    *partials, final = [snapshot for snapshot in served if snapshot.key.utterance == 1]
+    assert {(snapshot.start_sample, snapshot.prefix) for snapshot in partials} == {(final.start_sample, ())}
+
+
+@pytest.mark.parametrize("keep_language_after_ms", [3_000, 30_000])
+def test_the_window_does_not_move_while_the_language_may_still_change(long_sound, keep_language_after_ms):
+    """Every partial tells its words with their times, as those with few words for their length do."""
+    params = long_params(1_000, language="auto")
+    snapshots = params.snapshots.model_copy(update={"keep_language_after_ms": keep_language_after_ms})
+    stream = Stream("s", params.model_copy(update={"snapshots": snapshots}))
+    served, _ = caption(stream, long_sound, lambda snapshot: [said(replace(snapshot, wants_words=True))])
+    *partials, final = [snapshot for snapshot in served if snapshot.key.utterance == 1]
+    assert all(snapshot.start_sample == final.start_sample for snapshot in partials if snapshot.language is None)
+    assert any(snapshot.language is not None for snapshot in partials) == (keep_language_after_ms == 3_000)
+    assert any(snapshot.prefix for snapshot in partials) == (keep_language_after_ms == 3_000)
+
+
+def test_a_guarded_partial_leaves_the_window_as_it_is(long_sound):
+    def heard(snapshot: Snapshot) -> list[Outcome]:
+        is_looping = not snapshot.is_final and snapshot.key.revision % 3 == 0
+        return [replace(said(snapshot), guard="loop", tokens=()) if is_looping else said(snapshot)]
+
+    served, records = caption(Stream("s", long_params()), long_sound, heard)
+    partials = [snapshot for snapshot in served if snapshot.key.utterance == 1 and not snapshot.is_final]
+    for before, after in itertools.pairwise(partials):
+        if before.key.revision % 3 == 0:
+            assert (after.start_sample, after.prefix, after.draft) == (
+                before.start_sample,
+                before.prefix,
+                before.draft,
+            )
+    assert max(len(snapshot.samples) for snapshot in partials) <= (3_000 + 2 * 640 + 400) * 16
+    for record in of_kind(records, PartialRecord):
+        *words, _ = record.text.split()
+        assert words == [f"w{int(words[0][1:]) + place}" for place in range(len(words))]
+        assert len(words) >= (record.end_ms - record.start_ms) // 400 - 1
+    assert any(record.guard for record in of_kind(records, PartialRecord))

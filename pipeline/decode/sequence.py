@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 from pipeline.decode.guards import (
     COMPRESSION,
@@ -85,7 +86,7 @@ class TokenSequence:
         self._prompt = list(prompt.tokens)
         self._prefix = _text_only(prompt.prefix, limits)
         self._choices = prompt.language_choices
-        self._draft = _text_only(draft, limits)
+        self._draft = _text_only(draft, limits)[: limits.max_new_tokens]
         self._limits = limits
         self._decode = decode
         self._start = start
@@ -113,7 +114,7 @@ class TokenSequence:
     @property
     def num_resume_tokens(self) -> int:
         """Tokens to feed if the memory is lost (`restart`)."""
-        return len(self._prompt) + len(self._prefix) + max(len(self._tokens), len(self._draft))
+        return len(self._prompt) + len(self._prefix) + len(self._next_draft)
 
     @property
     def prompt(self) -> tuple[int, ...]:
@@ -173,10 +174,16 @@ class TokenSequence:
         del self._pending[: len(feed.tokens)]
 
     def restart(self) -> None:
-        """Begin again with an empty memory; what was accepted so far becomes the draft."""
-        if self._tokens:
-            self._draft = list(self._tokens)
+        """Begin again with an empty memory; what was accepted so far and what is left of the draft become the draft."""
+        self._draft = self._next_draft
         self._begin(0)
+
+    @property
+    def _next_draft(self) -> list[int]:
+        if not self._tokens:
+            return self._draft
+        # What is pending begins with the last token accepted.
+        return [*self._tokens, *self._pending[1:], *self._rest][: self._limits.max_new_tokens]
 
     def _begin(self, num_cached: int) -> None:
         self._position = num_cached
@@ -192,11 +199,13 @@ class TokenSequence:
     def _go_on(self, token: int, rest: list[int]) -> None:
         """Feed `token` next and, if it is the beginning of what is left of the draft, what follows it there.
 
-        A word that became another one costs a pass or two, not the draft of all that follows.
+        A word that became another one costs a pass or two, not the draft of all that follows. What would pass the cap
+        could never be accepted, and has no place in the memory.
         """
         if token in rest[:_RESUME_WITHIN]:
-            rest = rest[rest.index(token) + 1 :]
-            self._pending, self._rest = [token, *rest], []
+            behind = rest.index(token) + 1
+            num_left = self._limits.max_new_tokens - self._num_decoded
+            self._pending, self._rest = [token, *rest[behind : behind + num_left]], []
         else:
             self._pending, self._rest = [token], rest
 
@@ -253,11 +262,6 @@ class TokenSequence:
         self._is_finished = True
 
 
-def _text_only(draft: Sequence[int], limits: Limits) -> list[int]:
-    """Return the start of `draft` up to what cannot be text or would pass the cap: the rest could never be accepted."""
-    tokens: list[int] = []
-    for token in draft[: limits.max_new_tokens]:
-        if not 0 <= token < limits.eot:
-            break
-        tokens.append(token)
-    return tokens
+def _text_only(tokens: Sequence[int], limits: Limits) -> list[int]:
+    """Return `tokens` up to the first that cannot be text."""
+    return list(takewhile(lambda token: 0 <= token < limits.eot, tokens))

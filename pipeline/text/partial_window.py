@@ -50,11 +50,11 @@ class PartialWindow:
         """Take the hypothesis for the window: its tokens behind the prefix are the next draft."""
         self.draft = hypothesis.tokens[len(self.prefix) :]
 
-    def advance(self, hypothesis: Hypothesis, num_stable_units: int, end_sample: int, keep_samples: int) -> None:
+    def advance(self, hypothesis: Hypothesis, num_confirmed_units: int, end_sample: int, keep_samples: int) -> None:
         """Leave out the sound before the last word that begins `keep_samples` or more before `end_sample`.
 
-        All words before it, and itself, must be stable: `num_stable_units` units of the whole text are. `hypothesis`
-        was accepted for this window, with words.
+        All words before it, and itself, must be stable words: the first `num_confirmed_units` units of the whole text
+        are. `hypothesis` was accepted for this window, with words.
         """
         words = hypothesis.words
         units = [len(split_units(word.text)) for word in words]
@@ -63,7 +63,7 @@ class PartialWindow:
             return  # a script without spaces, or words that are no units: the window just grows
         if num_tokens != len(hypothesis.tokens):
             return  # nor where words do not tell their tokens
-        num_stable = min(len(words), num_stable_units - len(self._head_units))
+        num_stable = min(len(words), num_confirmed_units - len(self._head_units))
         latest = end_sample - keep_samples - self.start_sample
         cut = max((k for k in range(1, num_stable) if words[k].start_sample <= latest), default=0)
         if cut:

@@ -88,9 +88,9 @@ class StablePrefix:
         self._num_shown = 0
 
     @property
-    def num_units(self) -> int:
-        """How many units are stable."""
-        return len(self._stable)
+    def num_confirmed(self) -> int:
+        """How many units are stable and stand in the last hypothesis too, in the same place."""
+        return count_agreeing(self._stable, self._previous)
 
     def revise(self, text: str, heard: Heard) -> tuple[str, int]:
         """Take the next hypothesis; return the text to show and how many of its characters are stable.
