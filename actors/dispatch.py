@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from pydantic import Field
 
 from actors.cadence import CadenceParams
-from pipeline.items import Failure, FailureKind, Outcome, Snapshot, SnapshotKey, Task
+from pipeline.items import Failure, FailureKind, Outcome, Snapshot, SnapshotKey
 from pipeline.params import Params
 from pipeline.stream_params import NUM_OPENING_SNAPSHOTS
 
@@ -231,11 +231,6 @@ class DispatchQueue:
     def is_abandoned(self, keys: Iterable[SnapshotKey]) -> bool:
         """Whether nobody waits for any of `keys` any more."""
         return all(key not in self._in_flight or self._in_flight[key].is_abandoned for key in keys)
-
-    def open_tasks(self, key: SnapshotKey) -> tuple[Task, ...]:
-        """Return the tasks of `key`, which is in flight, that have no outcome yet."""
-        entry = self._in_flight.get(key)
-        return entry.snapshot.tasks if entry else ()
 
     def _add_partial(self, entry: _Entry) -> list[Failure]:
         snapshot = entry.snapshot

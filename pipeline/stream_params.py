@@ -32,7 +32,7 @@ class SnapshotParams(Params):
     )
     min_speech_ms: int = Field(default=480, ge=320, le=5_000, description="no partial before this much speech")
     window_ms: int = Field(
-        default=2_500,
+        default=2_000,
         ge=1_000,
         le=30_000,
         description="sound that a partial looks at, at least; what lies before it and is stable is not heard again",

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from pipeline.audio.encoder_window import EncoderCost, EncoderParams
 from pipeline.errors import ModelError
 from pipeline.items import Embeddings, Failure, FailureKind, Snapshot
-from pipeline.models.device import Clock, choose_device, choose_partial_arithmetic, synchronize
+from pipeline.models.device import Clock, check_final_arithmetic, choose_device, choose_partial_arithmetic, synchronize
 from pipeline.models.weights import ModelParams
 from pipeline.models.whisper.checkpoint import WhisperCheckpoint, WhisperConfig, load_checkpoint
 from pipeline.models.whisper.encoder import POSITION_SAMPLES, WhisperEncoder
@@ -68,10 +68,13 @@ class UtterancesToEmbeddings:
         _check_window(params, self.config)
         self._device = choose_device(model)
         self._log_mel = LogMel(self.config.num_mels, self._device)
-        self._final_encoder = WhisperEncoder(checkpoint, self._device)
+        final_arithmetic = check_final_arithmetic(model, self._device)
         arithmetic = choose_partial_arithmetic(model, self._device, clock)
+        self._final_encoder = WhisperEncoder(checkpoint, self._device, final_arithmetic)
         self._partial_encoder = (
-            self._final_encoder if arithmetic == "float32" else WhisperEncoder(checkpoint, self._device, arithmetic)
+            self._final_encoder
+            if arithmetic == final_arithmetic
+            else WhisperEncoder(checkpoint, self._device, arithmetic)
         )
         self.cost = self._calibrate(clock)
 
@@ -87,7 +90,7 @@ class UtterancesToEmbeddings:
 
     @property
     def final_dtype(self) -> str:
-        """The arithmetic of finals: always "float32"."""
+        """The arithmetic of finals: "float32", or "int8" if that is asked for."""
         return self._final_encoder.arithmetic
 
     def estimate_cost_ms(self, num_samples: int) -> float:

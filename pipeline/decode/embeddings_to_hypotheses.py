@@ -132,7 +132,6 @@ class DecodeEngine:
     """
 
     tier = "edge"
-    final_dtype = "float32"
 
     def __init__(
         self,
@@ -169,6 +168,11 @@ class DecodeEngine:
     def partial_dtype(self) -> str:
         """The arithmetic of partials: "float32", "bfloat16" or "int8"."""
         return self._runner.partial_dtype
+
+    @property
+    def final_dtype(self) -> str:
+        """The arithmetic of finals: "float32" or "int8"."""
+        return self._runner.final_dtype
 
     @property
     def has_work(self) -> bool:

@@ -107,7 +107,12 @@ class DecodeRunner(Protocol):
 
     @property
     def partial_dtype(self) -> str:
-        """The arithmetic under leases that are not exact; that of exact ones is "float32"."""
+        """The arithmetic under leases that are not exact: "float32", "bfloat16" or "int8"."""
+        ...
+
+    @property
+    def final_dtype(self) -> str:
+        """The arithmetic under exact leases: "float32" or "int8"."""
         ...
 
     def open(self, slot: int, embeddings: NDArray[np.float32], num_tokens: int, *, is_exact: bool) -> Lease:

@@ -59,6 +59,17 @@ def choose_partial_arithmetic(model: ModelParams, device: torch.device, clock: C
     return fastest if fastest is not None and speed_ups[fastest] >= _MIN_SPEED_UP else "float32"
 
 
+def check_final_arithmetic(model: ModelParams, device: torch.device) -> Arithmetic:
+    """Return what finals are computed in.
+
+    Raises:
+        ModelError: if int8 is asked for on a device that is no CPU.
+    """
+    if model.final_dtype == "int8" and device.type != "cpu":
+        raise ModelError(f"model.final_dtype is 'int8', which is for CPUs, not for {device.type}: use 'float32'")
+    return model.final_dtype
+
+
 def has_int8_units(device: torch.device) -> bool:
     """Whether the processor multiplies 8-bit integers into 32-bit sums; asked first, as for bfloat16."""
     if device.type != "cpu":

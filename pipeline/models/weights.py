@@ -59,6 +59,10 @@ class ModelParams(Params):
     partial_dtype: Literal["auto", "float32", "bfloat16", "int8"] = Field(
         default="auto", description="arithmetic of partials; auto: int8 or bfloat16 where it is measured to be faster"
     )
+    final_dtype: Literal["float32", "int8"] = Field(
+        default="float32",
+        description="arithmetic of finals, the same however they are batched; int8: more streams, some words less sure",
+    )
     encoder_threads: int = Field(default=0, ge=0, le=256, description="CPU threads of an encoder; 0: chosen at start")
     decoder_threads: int = Field(default=0, ge=0, le=256, description="CPU threads of a decoder; 0: chosen at start")
 

@@ -99,6 +99,7 @@ class WhisperDecoder:
         max_context_positions: room of a slot for the encoder's positions.
         device: where it computes.
         partial_arithmetic: of the products with weights under leases that are not exact; "float32" makes all exact.
+        exact_arithmetic: the same under exact leases: float32, or int8, whose rows do not depend on others either.
     """
 
     def __init__(
@@ -107,7 +108,9 @@ class WhisperDecoder:
         num_slots: int,
         max_context_positions: int,
         device: torch.device,
+        *,
         partial_arithmetic: Arithmetic = "float32",
+        exact_arithmetic: Arithmetic = "float32",
     ) -> None:
         config, tensors = checkpoint.config, checkpoint.tensors
         self.config = config
@@ -116,12 +119,14 @@ class WhisperDecoder:
         self._embed_tokens = tensors["decoder.embed_tokens.weight"].to(device)
         self._embed_positions = tensors["decoder.embed_positions.weight"].to(device)
         self._final_norm = _norm(tensors, "decoder.layer_norm", device)
-        self._exact = _build_network(checkpoint, device, pack_linear)
+        exact_linear = pack_linear if exact_arithmetic == "float32" else reduced_linear(exact_arithmetic)
+        self._exact = _build_network(checkpoint, device, exact_linear)
         self._reduced = (
             self._exact
-            if partial_arithmetic == "float32"
+            if partial_arithmetic == exact_arithmetic
             else _build_network(checkpoint, device, reduced_linear(partial_arithmetic))
         )
+        self._has_rough_leases = partial_arithmetic != "float32"
         places = math.ceil(config.max_target_positions / _SPAN) * _SPAN
         self.memory = KvMemory(
             KvShape(
@@ -141,7 +146,7 @@ class WhisperDecoder:
     def open(self, slot: int, context: Tensor, token_capacity: int, *, is_exact: bool = True) -> Lease:
         """Lease `slot` and write the keys and values of `context`, float32[positions, width], to it."""
         num_positions = context.shape[0]
-        is_exact = is_exact or self._reduced is self._exact
+        is_exact = is_exact or not self._has_rough_leases
         lease = self.memory.open(slot, token_capacity, num_positions, is_exact=is_exact)
         projected = self._network(lease).context_kv(context)
         projected = projected.view(num_positions, len(self._exact.layers), 2, -1, self._head_width)

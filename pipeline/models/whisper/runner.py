@@ -13,7 +13,7 @@ from pipeline.decode.embeddings_to_hypotheses import DecoderParts
 from pipeline.decode.runner import Lease, Pick, Row, RowResult, StartReading, TimedText
 from pipeline.errors import StageError
 from pipeline.items import Word
-from pipeline.models.device import Clock, choose_device, choose_partial_arithmetic
+from pipeline.models.device import Clock, check_final_arithmetic, choose_device, choose_partial_arithmetic
 from pipeline.models.linear import Arithmetic
 from pipeline.models.weights import ModelParams
 from pipeline.models.whisper.alignment import SAMPLES_PER_POSITION, token_times, words_from_times
@@ -24,7 +24,7 @@ from pipeline.models.whisper.tokenizer import WhisperTokenizer, load_tokenizer
 
 
 class WhisperRunner:
-    """Implements `pipeline.decode.runner.DecodeRunner`; exact leases are float32, every row exact (decoder.py)."""
+    """Implements `pipeline.decode.runner.DecodeRunner`; every row of an exact lease is exact (decoder.py)."""
 
     def __init__(
         self,
@@ -35,6 +35,7 @@ class WhisperRunner:
         max_context_positions: int | None = None,
         device: torch.device | None = None,
         partial_arithmetic: Arithmetic = "float32",
+        final_arithmetic: Arithmetic = "float32",
     ) -> None:
         config = checkpoint.config
         self._device = device or torch.device("cpu")
@@ -43,9 +44,11 @@ class WhisperRunner:
             num_slots,
             max_context_positions or config.max_source_positions,
             self._device,
-            partial_arithmetic,
+            partial_arithmetic=partial_arithmetic,
+            exact_arithmetic=final_arithmetic,
         )
         self.partial_dtype: str = partial_arithmetic
+        self.final_dtype: str = final_arithmetic
         self._tokenizer = tokenizer
         self._no_speech = tokenizer.no_speech
         # Of all special tokens and timestamps, only end-of-text may be picked; it is the first of them.
@@ -169,5 +172,6 @@ def load_parts(model: ModelParams, num_slots: int, clock: Clock | None = None) -
         num_slots,
         device=device,
         partial_arithmetic=choose_partial_arithmetic(model, device, clock),
+        final_arithmetic=check_final_arithmetic(model, device),
     )
     return DecoderParts(runner, WhisperPrompter(tokenizer))
