@@ -278,6 +278,7 @@ def test_a_partial_with_a_prefix_that_gave_its_slot_to_a_final_still_gets_its_hy
     asked = replace(request(key(1), is_final=False), prefix=given, wants_words=True)
     alone = hypothesis_of(answer(engine, asked, random_embeddings(1)))
     assert alone.tokens[:3] == given
+    assert (alone.guard, alone.words) == ("token_cap", ())  # no times of what a guard cut
     engine.submit(asked, replace(random_embeddings(1), key=key(1)))
     for _ in range(10):
         assert not engine.step()
