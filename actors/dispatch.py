@@ -4,8 +4,9 @@ Snapshots wait here until a call has room for them; what waits goes together, so
 there is load. The driver (`actors/stage_driver.py`) tells the time and carries the calls out.
 
 The rules:
-    - finals first, then partials of utterances that show nothing yet, then others, each in the order of arrival; a
-      partial that has waited for `max_overtaken_ms` is overtaken by finals only;
+    - finals first, in calls of their own, as an encoder answers a call as a whole; then partials of utterances that show
+      nothing yet, then others, each in the order of arrival; a partial that has waited for `max_overtaken_ms` is
+      overtaken by finals only, and goes along with them;
     - one partial in flight per utterance; a newer one, or the final, replaces one that still waits;
     - up to `max_work_ms` of predicted work per call, but at least one snapshot;
     - what is lost with a stage is submitted again one by one, each with nothing else in flight, so that the one that
@@ -101,9 +102,11 @@ class DispatchQueue:
         return len(self._in_flight)
 
     @property
-    def has_final_waiting(self) -> bool:
-        """Whether a final waits for a call."""
-        return bool(self._finals or self._suspects)
+    def has_urgent_waiting(self) -> bool:
+        """Whether a final, or a partial of an utterance of which nothing was shown yet, waits for a call."""
+        return bool(self._finals or self._suspects) or any(
+            is_opening(entry.snapshot) for entry in self._partials.values()
+        )
 
     def has_room(self) -> bool:
         """Whether another snapshot may wait."""
@@ -262,6 +265,9 @@ class DispatchQueue:
         work_ms = 0.0
         finals = sorted(self._finals.values(), key=lambda entry: entry.order)
         partials = sorted(self._sendable_partials(), key=lambda entry: (self._rank(entry, now_ms), entry.order))
+        if finals:
+            # An encoder answers a call as a whole: a final does not wait for partials that go along.
+            partials = [entry for entry in partials if self._rank(entry, now_ms) == 0]
         for num_chosen, entry in enumerate((*finals, *partials)):
             work_ms += self._predict_ms(len(entry.snapshot.samples))
             if num_chosen >= self._room or (num_chosen and work_ms > self._params.max_work_ms):

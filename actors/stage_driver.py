@@ -145,7 +145,7 @@ class StageDriver:
             self._deliver_failures(self._queue.expire(_now_ms()))
             wait_ms = 0.0
             if self._num_encoding < self._transport.max_calls and self._queue.can_take():
-                wait_ms = 0.0 if self._queue.has_final_waiting else self._sent_ms + self._cadence.gather_ms - _now_ms()
+                wait_ms = 0.0 if self._queue.has_urgent_waiting else self._sent_ms + self._cadence.gather_ms - _now_ms()
                 if wait_ms <= 0:
                     await self._send_one()
                     continue
