@@ -4,8 +4,8 @@ Snapshots wait here until a call has room for them; what waits goes together, so
 there is load. The driver (`actors/stage_driver.py`) tells the time and carries the calls out.
 
 The rules:
-    - finals first, in calls of their own, as an encoder answers a call as a whole; then partials of utterances that show
-      nothing yet, then others, each in the order of arrival; a partial that has waited for `max_overtaken_ms` is
+    - finals first, in calls of their own, as an encoder answers a call as a whole; then partials of utterances that
+      show nothing yet, then others, each in the order of arrival; a partial that has waited for `max_overtaken_ms` is
       overtaken by finals only, and goes along with them;
     - one partial in flight per utterance; a newer one, or the final, replaces one that still waits;
     - up to `max_work_ms` of predicted work per call, but at least one snapshot;
