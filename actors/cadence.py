@@ -33,7 +33,7 @@ _DEADBAND = 1.08
 _HOLD_MS = 1_000.0
 """The cadence does not shorten for so long after the stages were behind: the effect of a stretch is not seen sooner."""
 _GATHER_SHARE = 0.2
-_MAX_GATHER_MS = 500.0
+_MAX_GATHER_MS = 400.0
 _NO_REST_MS = 750.0
 """A stage may work for so long on one final."""
 

@@ -323,3 +323,14 @@ def test_the_meter_adds_up_what_was_busy_and_the_longest_waits() -> None:
     )
     meter.end_decoding(1, 1_300)
     assert meter.take(1_500, 0) == StageLoad(elapsed_ms=250, encoder_busy_ms=0, decoder_busy_ms=50, num_decoded=1)
+
+
+def test_partials_gather_only_while_the_stages_are_busy() -> None:
+    policy = CadencePolicy(CadenceParams(), 320, 2_000)
+    assert policy.gather_ms == 0, "idle stages work one by one"
+    waits = [policy.gather_ms]
+    for _ in range(12):
+        policy.tick(StageLoad(250, 250, encoder_waiting_ms=500, decoder_busy_ms=250, final_wait_ms=400))
+        waits.append(policy.gather_ms)
+    assert waits == sorted(waits)
+    assert 0 < waits[-1] <= 400

@@ -62,3 +62,16 @@ def test_all_of_it_is_zero_writable_and_of_its_shape() -> None:
 
 def test_a_model_without_alignment_heads_keeps_no_queries() -> None:
     assert KvMemory(replace(BASE, num_kept_queries=0), CPU).queries.numel() == 0
+
+
+def test_a_spoilt_slot_is_clean_for_the_next() -> None:
+    memory = KvMemory(replace(BASE, num_slots=2, num_layers=1, max_tokens=64, max_context_positions=50), CPU)
+    spoilt, other = memory.open(0, 64, 50), memory.open(1, 64, 50)
+    for tensor in tensors(memory):
+        tensor[:, 0], tensor[:, 1] = torch.nan, 1.0
+    memory.close(spoilt, is_spoilt=True)
+    for tensor in tensors(memory):
+        assert not tensor[:, 0].any()
+        assert (tensor[:, 1] == 1).all()
+    memory.close(other)
+    assert all((tensor[:, 1] == 1).all() for tensor in tensors(memory))

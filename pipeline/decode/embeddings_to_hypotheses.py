@@ -279,13 +279,13 @@ class DecodeEngine:
 
     def _fail(self, active: _Active, message: str) -> EndReason:
         key = active.request.key
-        self._close(self._active.pop(key))
+        self._close(self._active.pop(key), is_spoilt=True)
         self._outcomes.append(Failure(key, None, FailureKind.FAILED, message))
         return EndReason.FAILED
 
-    def _close(self, active: _Active) -> None:
+    def _close(self, active: _Active, *, is_spoilt: bool = False) -> None:
         if active.lease is not None:
-            self._runner.close(active.lease)
+            self._runner.close(active.lease, is_spoilt=is_spoilt)
             active.lease = None
 
     # -- one step ---------------------------------------------------------------------------------

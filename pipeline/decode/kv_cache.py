@@ -77,14 +77,19 @@ class KvMemory:
         self._generations[slot] += 1
         return Lease(slot, self._generations[slot], token_capacity, num_context_positions, is_exact)
 
-    def close(self, lease: Lease) -> None:
-        """End `lease`; its slot can be opened again.
+    def close(self, lease: Lease, *, is_spoilt: bool = False) -> None:
+        """End `lease`; its slot can be opened again, and is wiped first if numbers in it may not be finite.
+
+        Masked places count zero times, and zero times infinity would spoil whoever has the slot next.
 
         Raises:
             RuntimeError: if it has ended already.
         """
         self.check(lease)
         self._is_open[lease.slot] = False
+        if is_spoilt:
+            for tensor in (self.keys, self.values, self.context_keys, self.context_values, self.queries):
+                tensor[:, lease.slot] = 0.0
 
     def check(self, lease: Lease) -> None:
         """Check that `lease` still holds its slot.

@@ -119,8 +119,8 @@ class DecodeRunner(Protocol):
         """Lease `slot` for up to `num_tokens` tokens over `embeddings` float32[positions, width]."""
         ...
 
-    def close(self, lease: Lease) -> None:
-        """End a lease."""
+    def close(self, lease: Lease, *, is_spoilt: bool = False) -> None:
+        """End a lease; `is_spoilt`: what was computed under it may not be finite."""
         ...
 
     def run(self, rows: Sequence[Row]) -> list[RowResult]:

@@ -73,9 +73,9 @@ class WhisperRunner:
             context = torch.tensor(embeddings, device=self._device)
             return self.decoder.open(slot, context, num_tokens, is_exact=is_exact)
 
-    def close(self, lease: Lease) -> None:
-        """End `lease`."""
-        self.decoder.memory.close(lease)
+    def close(self, lease: Lease, *, is_spoilt: bool = False) -> None:
+        """End `lease`; `is_spoilt`: what was computed under it may not be finite."""
+        self.decoder.memory.close(lease, is_spoilt=is_spoilt)
 
     def run(self, rows: Sequence[Row]) -> list[RowResult]:
         """Run all `rows`, the exact ones in one forward pass and the others in another.
