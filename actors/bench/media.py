@@ -204,7 +204,8 @@ def load_stream(media: Path, seconds: float, language: str, params: JoinParams |
     """Return what a stream plays, about `seconds` long, and whether its text is known.
 
     A file is repeated as a whole until it is long enough, and never cut: its text is that of the whole. Of a folder
-    with a manifest the recordings of `language` are joined, by the seed, and cut between two of them.
+    with a manifest the recordings of `language` are joined, by the seed, and cut between two of them; the pauses are
+    no shorter than those of a repeated file, so that speakers do not run into each other.
 
     Raises:
         SourceNotFound: if there is no such file, or no manifest in the folder.
@@ -219,7 +220,8 @@ def load_stream(media: Path, seconds: float, language: str, params: JoinParams |
     if language not in languages:
         raise MediaError(f"{media} lists no recording in {language!r}: give one of {', '.join(languages)}")
     clips = [clip for clip in load_clips(media) if clip.language == language]
-    return join_about(clips, params or JoinParams(), f"{media.name} ({language})", seconds=seconds), True
+    params = params or JoinParams(min_pause_ms=LOOP_PAUSE_MS)
+    return join_about(clips, params, f"{media.name} ({language})", seconds=seconds), True
 
 
 def loop_clip(clip: Clip, min_seconds: float, pause_ms: int = LOOP_PAUSE_MS) -> Clip:
