@@ -29,7 +29,7 @@ from pipeline.stream_params import NUM_OPENING_SNAPSHOTS
 class DispatchParams(Params):
     """How snapshots are gathered into calls, and what happens when a stage dies under them."""
 
-    max_work_ms: float = Field(default=250.0, gt=0, le=10_000, description="predicted encoder work of one call")
+    max_work_ms: float = Field(default=120.0, gt=0, le=10_000, description="predicted encoder work of one call")
     max_calls_per_replica: int = Field(default=1, ge=1, le=16, description="calls in flight to one encoder replica")
     max_waiting_snapshots: int = Field(
         default=256, ge=1, le=100_000, description="snapshots that wait for a call; further finals wait outside"

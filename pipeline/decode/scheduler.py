@@ -319,7 +319,10 @@ class Scheduler(Generic[IdT]):
     def _pack(self) -> tuple[Piece[IdT], ...]:
         left = self._params.tokens_per_step
         pieces: list[Piece[IdT]] = []
-        for entry in sorted((e for e in self._entries.values() if e.slot is not None), key=self._order):
+        running = [entry for entry in self._entries.values() if entry.slot is not None]
+        # Finals compute in an arithmetic of their own: what goes along shares nothing and only makes their step longer.
+        finals = [entry for entry in running if entry.priority is Priority.FINAL]
+        for entry in sorted(finals or running, key=self._order):
             context = 0 if entry.has_context else entry.work.num_context_tokens
             # A context larger than a whole step runs in a step of its own, with one token.
             num_tokens = min(entry.num_tokens, max(left - context, 0 if pieces else 1))
