@@ -95,7 +95,11 @@ class Network:
     def __init__(self, model: ModelParams, arithmetic: Arithmetic) -> None:
         self._random = torch.Generator().manual_seed(5)
         self.decoder = WhisperDecoder(
-            load_checkpoint(model, "decoder"), NUM_SLOTS, MAX_POSITIONS, torch.device("cpu"), arithmetic
+            load_checkpoint(model, "decoder"),
+            NUM_SLOTS,
+            MAX_POSITIONS,
+            torch.device("cpu"),
+            partial_arithmetic=arithmetic,
         )
         for slot in range(NUM_SLOTS):
             lease = self._open(slot, MAX_POSITIONS, 5.0)
