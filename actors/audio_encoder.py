@@ -1,5 +1,9 @@
 """The AudioEncoder stage: snapshots in, embeddings out. A plain class; `actors/app.py` makes a Serve deployment of it.
 
+On a CPU the partials of a call are encoded side by side, each by one thread of its own; a final has all threads to
+itself. A partial's window of a few seconds in 8-bit integers takes as long with two threads as with one, at up to half
+as much CPU time more (docs/performance.md); a final's is long, in float32, and somebody waits for it.
+
 This module imports no torch, so that processes that only deploy the stage do not pay for it (3 s).
 """
 
@@ -39,11 +43,12 @@ class EncoderInfo:
     partial_dtype: str
     final_dtype: str
     num_threads: int
+    num_side_by_side: int  # partials of a call that are encoded at once
     cost: EncoderCost
 
 
 class AudioEncoder:
-    """Holds the encoder's weights and the one thread that computes with them."""
+    """Holds the encoder's weights and the threads that compute with them."""
 
     def __init__(self, model: ModelParams, params: EncoderParams) -> None:
         """Load the weights (this blocks for seconds).
@@ -60,6 +65,9 @@ class AudioEncoder:
         except BaseException:
             self._thread.shutdown(wait=False)
             raise
+        self._workers = ThreadPoolExecutor(
+            self._info.num_side_by_side, thread_name_prefix="partial-encoder", initializer=_use_one_thread
+        )
 
     async def encode(self, snapshots: list[Snapshot]) -> list[Embeddings | Failure]:
         """Return the embeddings (or the failure) of each snapshot, in the same order."""
@@ -83,13 +91,21 @@ class AudioEncoder:
             raise StageUnavailable(f"the encoder has worked on one call for more than {_MAX_CALL_S:.0f} s")
 
     async def aclose(self) -> None:
-        """End the thread after what it is doing. Idempotent."""
+        """End the threads after what they are doing. Idempotent."""
         await asyncio.to_thread(self._thread.shutdown, cancel_futures=True)
+        await asyncio.to_thread(self._workers.shutdown)
 
     def _encode(self, snapshots: list[Snapshot]) -> list[Embeddings | Failure]:
         self._computing_since = time.monotonic()
         try:
-            return self._encode_isolated(snapshots)
+            if self._info.device != "cpu":
+                return self._encode_isolated(snapshots)
+            # Finals first: they have all threads, and none beside them.
+            finals = iter(self._encode_isolated([snapshot for snapshot in snapshots if snapshot.is_final]))
+            partials = self._workers.map(
+                self._encode_isolated, [[snapshot] for snapshot in snapshots if not snapshot.is_final]
+            )
+            return [next(finals) if snapshot.is_final else next(partials)[0] for snapshot in snapshots]
         finally:
             self._computing_since = None
 
@@ -115,8 +131,10 @@ def _load(model: ModelParams, params: EncoderParams) -> tuple[UtterancesToEmbedd
     from pipeline.audio.utterances_to_embeddings import UtterancesToEmbeddings  # noqa: PLC0415
 
     num_threads = choose_num_threads(model.encoder_threads, "encoder")
-    torch.set_num_threads(num_threads)
+    # Measured as partials run: with one thread each.
+    torch.set_num_threads(1)
     encoder = UtterancesToEmbeddings(model, params, clock=time.perf_counter)
+    torch.set_num_threads(num_threads)
     _warm_up(encoder)
     info = EncoderInfo(
         model=model.name,
@@ -124,9 +142,16 @@ def _load(model: ModelParams, params: EncoderParams) -> tuple[UtterancesToEmbedd
         partial_dtype=encoder.partial_dtype,
         final_dtype=encoder.final_dtype,
         num_threads=num_threads,
+        num_side_by_side=num_threads if encoder.device == "cpu" else 1,
         cost=encoder.cost,
     )
     return encoder, info
+
+
+def _use_one_thread() -> None:
+    import torch  # noqa: PLC0415 - see the module's docstring
+
+    torch.set_num_threads(1)
 
 
 def _warm_up(encoder: UtterancesToEmbeddings) -> None:

@@ -55,7 +55,7 @@ class StageLoad:
 
     elapsed_ms: float
     encoder_busy_ms: float  # of several places: the mean
-    encoder_waiting_ms: float = 0.0  # predicted work that waits at the end
+    encoder_waiting_ms: float = 0.0  # predicted time of what waits at the end
     decoder_busy_ms: float = 0.0  # something encoded was not answered
     num_decoding: int = 0  # snapshots encoded and not answered at the end
     num_decoded: int = 0

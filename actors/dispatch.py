@@ -8,14 +8,14 @@ The rules:
       show nothing yet, then others, each in the order of arrival; a partial that has waited for `max_overtaken_ms` is
       overtaken by finals only, and goes along with them;
     - one partial in flight per utterance; a newer one, or the final, replaces one that still waits;
-    - up to `max_work_ms` of predicted work per call, but at least one snapshot;
+    - up to `max_work_ms` of predicted time per call, but at least one snapshot;
     - what is lost with a stage is submitted again one by one, each with nothing else in flight, so that the one that
       kills stages is found: finals only, within `max_final_wait_ms`; one that was alone `max_kills` times is given up.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from pydantic import Field
@@ -29,7 +29,7 @@ from pipeline.stream_params import NUM_OPENING_SNAPSHOTS
 class DispatchParams(Params):
     """How snapshots are gathered into calls, and what happens when a stage dies under them."""
 
-    max_work_ms: float = Field(default=120.0, gt=0, le=10_000, description="predicted encoder work of one call")
+    max_work_ms: float = Field(default=120.0, gt=0, le=10_000, description="predicted encoder time of one call")
     max_calls_per_replica: int = Field(default=1, ge=1, le=16, description="calls in flight to one encoder replica")
     max_waiting_snapshots: int = Field(
         default=256, ge=1, le=100_000, description="snapshots that wait for a call; further finals wait outside"
@@ -58,7 +58,7 @@ UtteranceKey = tuple[str, int]
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """What waits for a call: predicted encoder work, and the longest waits, in milliseconds."""
+    """What waits for a call: predicted encoder time, and the longest waits, in milliseconds."""
 
     work_ms: float
     final_wait_ms: float
@@ -80,8 +80,8 @@ class _Entry:
 class DispatchQueue:
     """Snapshots that wait and snapshots that are in flight. Not thread-safe; the driver owns it."""
 
-    def __init__(self, params: DispatchParams, predict_ms: Callable[[int], float]) -> None:
-        """`predict_ms` gives the expected encoder work for a number of samples, in milliseconds."""
+    def __init__(self, params: DispatchParams, predict_ms: Callable[[Sequence[Snapshot]], float]) -> None:
+        """`predict_ms` gives the time that an encoder is expected to take for a call, in milliseconds."""
         self._params = params
         self._predict_ms = predict_ms
         self._num_added = 0
@@ -144,7 +144,7 @@ class DispatchQueue:
         partials = self._sendable_partials()
         finals = self._finals.values()
         return Waiting(
-            work_ms=sum(self._predict_ms(len(entry.snapshot.samples)) for entry in (*finals, *partials)),
+            work_ms=self._predict_ms([entry.snapshot for entry in (*finals, *partials)]),
             final_wait_ms=max((now_ms - entry.submitted_ms for entry in finals), default=0.0),
             partial_wait_ms=max((now_ms - entry.submitted_ms for entry in partials), default=0.0),
         )
@@ -262,16 +262,17 @@ class DispatchQueue:
         return list(self._next_entries(now_ms))
 
     def _next_entries(self, now_ms: float) -> Iterator[_Entry]:
-        work_ms = 0.0
+        chosen: list[Snapshot] = []
         finals = sorted(self._finals.values(), key=lambda entry: entry.order)
         partials = sorted(self._sendable_partials(), key=lambda entry: (self._rank(entry, now_ms), entry.order))
         if finals:
             # An encoder answers a call as a whole: a final does not wait for partials that go along.
             partials = [entry for entry in partials if self._rank(entry, now_ms) == 0]
-        for num_chosen, entry in enumerate((*finals, *partials)):
-            work_ms += self._predict_ms(len(entry.snapshot.samples))
-            if num_chosen >= self._room or (num_chosen and work_ms > self._params.max_work_ms):
+        for entry in (*finals, *partials):
+            is_too_much = self._predict_ms([*chosen, entry.snapshot]) > self._params.max_work_ms
+            if len(chosen) >= self._room or (chosen and is_too_much):
                 return
+            chosen.append(entry.snapshot)
             yield entry
 
     def _rank(self, entry: _Entry, now_ms: float) -> int:
@@ -338,31 +339,6 @@ def is_opening(snapshot: Snapshot) -> bool:
     One of noise never has a draft, and counts for as many partials only as the stream takes at the minimum cadence.
     """
     return not snapshot.is_final and not snapshot.draft and snapshot.key.revision <= NUM_OPENING_SNAPSHOTS
-
-
-class CostModel:
-    """Predicts the encoder's time for a snapshot.
-
-    It starts from what the encoder measured at load; a scale follows the calls since then, slowly, so that a machine
-    that has become busy gets smaller calls.
-    """
-
-    _FOLLOW = 0.1
-
-    def __init__(self, estimate_ms: Callable[[int], float]) -> None:
-        self._estimate_ms = estimate_ms
-        self._scale = 1.0
-
-    def predict_ms(self, num_samples: int) -> float:
-        """Return the expected time for `num_samples` samples, in milliseconds."""
-        return self._scale * self._estimate_ms(num_samples)
-
-    def observe(self, num_samples: Iterable[int], measured_ms: float) -> None:
-        """Take note that encoding snapshots of `num_samples` samples in one call took `measured_ms`."""
-        predicted_ms = sum(self.predict_ms(num) for num in num_samples)
-        if predicted_ms > 0 and measured_ms > 0:
-            ratio = min(4.0, max(0.25, measured_ms / predicted_ms))
-            self._scale = min(100.0, max(0.01, self._scale * ratio**self._FOLLOW))
 
 
 def _utterance_of(key: SnapshotKey) -> UtteranceKey:

@@ -11,8 +11,9 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 
 from actors.audio_encoder import AudioEncoder
+from actors.cost_model import CostModel
 from actors.decoder import Decoder
-from actors.dispatch import CostModel, DispatchParams
+from actors.dispatch import DispatchParams
 from actors.metrics import Metrics
 from actors.stage_driver import StageDriver, stages_info
 from pipeline.audio.encoder_window import EncoderParams
@@ -50,7 +51,7 @@ class LocalStages(StageDriver):
             asyncio.to_thread(Decoder, model, decoder_params),
         )
         transport = LocalTransport(encoder, decoder, model, decoder_params)
-        cost = CostModel(encoder.info().cost.estimate_ms)
+        cost = CostModel(encoder.info().cost.estimate_ms, encoder.info().num_side_by_side)
         stages = cls(
             transport, stages_info(encoder.info(), decoder.info()), dispatch, cost, metrics, snapshots=snapshots
         )

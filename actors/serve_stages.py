@@ -19,7 +19,8 @@ from ray.serve import get_deployment_handle
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from actors.dispatch import CostModel, DispatchParams
+from actors.cost_model import CostModel
+from actors.dispatch import DispatchParams
 from actors.metrics import Metrics
 from actors.stage_driver import StageDriver, stages_info
 from pipeline.errors import ServiceError, StageUnavailable
@@ -66,7 +67,7 @@ class ServeStages(StageDriver):
             raise ServiceError(f"the stages did not start: {_first_line(exc)}") from exc
         max_calls = dispatch.max_calls_per_replica * num_encoder_replicas
         transport = ServeTransport(encoder, decoder, max_calls)
-        cost = CostModel(encoder_info.cost.estimate_ms)
+        cost = CostModel(encoder_info.cost.estimate_ms, encoder_info.num_side_by_side)
         stages = cls(transport, stages_info(encoder_info, decoder_info), dispatch, cost, metrics, snapshots=snapshots)
         stages.start()
         return stages

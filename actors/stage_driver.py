@@ -16,8 +16,9 @@ from contextlib import aclosing
 
 from actors.audio_encoder import EncoderInfo
 from actors.cadence import CadencePolicy
+from actors.cost_model import CostModel
 from actors.decoder import DecoderInfo
-from actors.dispatch import CostModel, DispatchParams, DispatchQueue
+from actors.dispatch import DispatchParams, DispatchQueue
 from actors.load_meter import LoadMeter
 from actors.metrics import Metrics
 from actors.stages import StagesInfo
@@ -265,7 +266,7 @@ class StageDriver:
             self._metrics.encode_ms.observe(elapsed_ms)
             if is_only:
                 # A call behind another one has waited for it as well: its time says nothing about its work.
-                self._cost.observe([len(snapshot.samples) for snapshot in snapshots], elapsed_ms)
+                self._cost.observe(snapshots, elapsed_ms)
             return encoded_at
         finally:
             self._add_encoding(-1)

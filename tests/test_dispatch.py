@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -10,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from actors.dispatch import CostModel, DispatchParams, DispatchQueue, Waiting, is_opening
+from actors.cost_model import CostModel
+from actors.dispatch import DispatchParams, DispatchQueue, Waiting, is_opening
 from pipeline.items import TRANSCRIBE, Failure, FailureKind, Snapshot, SnapshotKey, Task, TaskKind
 from pipeline.stream_params import NUM_OPENING_SNAPSHOTS
 
@@ -39,9 +41,13 @@ def snapshot(
     )
 
 
+def _predict_ms(snapshots: Sequence[Snapshot]) -> float:
+    return sum(len(item.samples) for item in snapshots) / 160
+
+
 def queue_of(*snapshots: Snapshot, **params: float) -> DispatchQueue:
     """A queue in which a second of sound costs 100 ms."""
-    queue = DispatchQueue(DispatchParams.model_validate(params), lambda num_samples: num_samples / 160)
+    queue = DispatchQueue(DispatchParams.model_validate(params), _predict_ms)
     for item in snapshots:
         assert queue.add(item, now_ms=0) == []
     return queue
@@ -211,10 +217,21 @@ def test_the_same_snapshot_twice_is_refused() -> None:
 @settings(max_examples=30)
 def test_the_cost_model_follows_what_is_measured(ratio: float, num_seconds: int) -> None:
     cost = CostModel(lambda num_samples: num_samples / 160)
+    call = snapshot(1, num_samples=num_seconds * 16_000)
     measured_ms = ratio * num_seconds * 100
     for _ in range(200):
-        cost.observe([num_seconds * 16_000], measured_ms)
-    assert cost.predict_ms(num_seconds * 16_000) == pytest.approx(measured_ms, rel=0.05)
+        cost.observe([call], measured_ms)
+    assert cost.predict_ms([call]) == pytest.approx(measured_ms, rel=0.05)
+
+
+def test_partials_of_a_call_run_side_by_side_and_finals_one_behind_the_other() -> None:
+    cost = CostModel(lambda num_samples: num_samples / 160, num_side_by_side=2)
+    final, partials = snapshot(1, is_final=True, num_samples=32_000), [snapshot(n) for n in (2, 3, 4)]
+    assert cost.predict_ms([]) == 0
+    assert cost.predict_ms(partials[:1]) == cost.predict_ms(partials[:2]) == 100
+    assert cost.predict_ms(partials) == 150
+    assert cost.predict_ms([final, *partials]) == 350
+    assert cost.predict_ms([final, final]) == 400
 
 
 class DispatchMachine(RuleBasedStateMachine):
@@ -231,7 +248,7 @@ class DispatchMachine(RuleBasedStateMachine):
             max_partial_wait_ms=500,
             max_final_wait_ms=5_000,
         )
-        self.queue = DispatchQueue(self.params, lambda num_samples: num_samples / 160)
+        self.queue = DispatchQueue(self.params, _predict_ms)
         self.now_ms = 0.0
         self.revisions: dict[int, int] = {}
         self.closed: set[int] = set()

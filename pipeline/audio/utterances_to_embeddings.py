@@ -37,9 +37,9 @@ _ATTENTION_WEIGHT = 1.5
 
 
 class UtterancesToEmbeddings:
-    """The audio encoder stage. It keeps nothing between calls; one thread at a time may use it.
+    """The audio encoder stage. It keeps nothing between calls; several threads may use it at once.
 
-    Torch's thread count is the process's own business: the stage neither reads nor sets it, but results of one snapshot
+    Torch's thread count is the caller's own business: the stage neither reads nor sets it, but results of one snapshot
     are the same bits only under the same count.
 
     Args:
@@ -92,10 +92,6 @@ class UtterancesToEmbeddings:
     def final_dtype(self) -> str:
         """The arithmetic of finals: "float32", or "int8" if that is asked for."""
         return self._final_encoder.arithmetic
-
-    def estimate_cost_ms(self, num_samples: int) -> float:
-        """Return the expected milliseconds for an utterance of `num_samples`."""
-        return self.cost.estimate_ms(num_samples)
 
     def encode(self, snapshots: Sequence[Snapshot]) -> list[Embeddings | Failure]:
         """Return one outcome for each of `snapshots`, in their order.
