@@ -16,10 +16,11 @@ from typing import Protocol, cast
 from actors.publisher import Publisher, StreamWriter
 from actors.stages import Stages, StagesInfo
 from ingest.source import AudioBlock, Source, SourceGap
+from pipeline.audio.samples_to_chunks import by_chunk_index
 from pipeline.errors import ConfigError, MediaError
 from pipeline.items import Outcome, Snapshot
 from pipeline.records import BaseRecord
-from pipeline.stream import StartPoint, Stream, by_chunk_index
+from pipeline.stream import StartPoint, Stream
 from pipeline.stream_params import AUTO, StreamParams
 from pipeline.text.hypotheses_to_records import Tier
 from pipeline.timebase import CHUNK_SAMPLES, ms_to_samples
@@ -211,6 +212,8 @@ class Session:
         tasks = self._tasks
         if tasks is None:
             raise RuntimeError("snapshots are submitted inside run() only")
+        for key in stream.take_void_keys():
+            self._stages.withdraw(key)
         cadence_ms = self._stages.cadence_ms if self._scheduling is Scheduling.BY_TIME else None
         for snapshot in stream.due_snapshots(cadence_ms):
             if self._observer is not None:

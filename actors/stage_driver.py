@@ -119,6 +119,14 @@ class StageDriver:
                 self._queue.abandon(key)
             self._wakeup.set()
 
+    def withdraw(self, key: SnapshotKey) -> None:
+        """Fail `key` as superseded (see `Stages.withdraw`)."""
+        if key in self._mailboxes:
+            self._queue.abandon(key)
+            message = "what it was taken for did not come about"
+            self._deliver_failures([Failure(key, None, FailureKind.SUPERSEDED, message)])
+            self._wakeup.set()
+
     async def aclose(self) -> None:
         """Fail what waits, give up what is in flight, close the transport. Idempotent."""
         if self._is_closed:

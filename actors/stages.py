@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Protocol
 
-from pipeline.items import Outcome, Snapshot
+from pipeline.items import Outcome, Snapshot, SnapshotKey
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +44,10 @@ class Stages(Protocol):
         A `Failure` with `task=None` stands for all tasks still open and ends the iteration. Never raises for what
         happens to the snapshot; cancellation of the consumer cancels the work where that is possible.
         """
+        ...
+
+    def withdraw(self, key: SnapshotKey) -> None:
+        """Nobody needs the outcomes of `key` any more: what is open of it fails as SUPERSEDED, sent or not."""
         ...
 
     async def aclose(self) -> None:

@@ -1,4 +1,11 @@
-"""A final on its way: an utterance that has closed, its tasks without an outcome, and second looks at its sound."""
+"""A final on its way: the whole utterance's snapshot, its tasks without an outcome, and second looks at its sound.
+
+It begins when the utterance closes, or before: in a pause, when the sound that the final would have is all there but
+the pause is not yet long enough to be the end. This is the prefetching of Chang et al. 2020 ("Low Latency Speech
+Recognition using End-to-End Prefetching", Interspeech), with the whole final prefetched instead of an answer to it.
+If somebody speaks on, all of it is void. A final is the same text whenever it was begun, as it depends on its sound
+alone.
+"""
 
 from __future__ import annotations
 
@@ -22,42 +29,73 @@ class _Look:
 class FinalInProgress:
     """Takes the outcomes of a final snapshot and gives the records that come of them, each task's once.
 
+    Records come when the utterance has closed.
+
     Args:
         utterance: what records tell of it.
         snapshot: the final snapshot, whose outcomes will come.
-        sequence: the number of the final.
-        reason: why the utterance closed.
         speech_end_sample: end of the last speech, from the stream's start.
         params: when to look again.
     """
 
     def __init__(
-        self,
-        utterance: Utterance,
-        snapshot: Snapshot,
-        *,
-        sequence: int,
-        reason: CloseReason,
-        speech_end_sample: int,
-        params: SkippedSpeechParams,
+        self, utterance: Utterance, snapshot: Snapshot, *, speech_end_sample: int, params: SkippedSpeechParams
     ) -> None:
-        self.sequence = sequence
         self._num_looks = 0
         self._utterance = utterance
         self._snapshot = snapshot
-        self._reason = reason
         self._params = params
         self._speech_end_sample = speech_end_sample - snapshot.start_sample
         self._open_tasks = set(snapshot.tasks)
+        self._results: list[tuple[Task, Hypothesis | str]] = []
+        self._closed: tuple[int, CloseReason] | None = None
         self._transcription: Hypothesis | None = None
         self._looked_at: set[tuple[int, int]] = set()
         self._look: _Look | None = None
         self._is_look_due = False
 
     @property
+    def end_sample(self) -> int:
+        """Media time behind its last sample."""
+        return self._snapshot.end_sample
+
+    @property
+    def keys(self) -> tuple[SnapshotKey, ...]:
+        """What it waits for: the snapshot, and the second look that was handed out."""
+        look = () if self._look is None or self._is_look_due else (self._look.snapshot.key,)
+        return (self._snapshot.key, *look) if self._open_tasks else ()
+
+    @property
+    def transcription(self) -> Hypothesis | None:
+        """The text as it is known now."""
+        return self._transcription
+
+    @property
+    def sequence(self) -> int:
+        """The number of the final.
+
+        Raises:
+            RuntimeError: before `close`.
+        """
+        if self._closed is None:
+            raise RuntimeError("the utterance has not closed")
+        return self._closed[0]
+
+    @property
     def is_done(self) -> bool:
         """Whether every task has its record."""
-        return not self._open_tasks
+        return not self._open_tasks and not self._results
+
+    def close(self, sequence: int, reason: CloseReason) -> None:
+        """The utterance has closed for `reason`, and this is its final, number `sequence`."""
+        self._closed = sequence, reason
+
+    def take_records(self) -> list[tuple[Task, BaseRecord]]:
+        """Return the tasks that are done, each once, with their records; none before `close`."""
+        if self._closed is None:
+            return []
+        results, self._results = self._results, []
+        return [(task, self._record(task, result, *self._closed)) for task, result in results]
 
     def take_snapshot(self) -> Snapshot | None:
         """Return the snapshot of a second look that is due, once."""
@@ -66,29 +104,33 @@ class FinalInProgress:
         self._is_look_due = False
         return self._look.snapshot
 
-    def accept(self, outcome: Outcome) -> list[tuple[Task, BaseRecord]]:
-        """Take an outcome; return the tasks that are done by it, with their records. Strangers are ignored."""
+    def accept(self, outcome: Outcome) -> bool:
+        """Take an outcome; return whether it is one of this final's."""
         if self._look is not None and outcome.key == self._look.snapshot.key:
-            return self._accept_look(self._look, outcome)
+            self._accept_look(self._look, outcome)
+            return True
         if outcome.key != self._snapshot.key:
-            return []
-        tasks = self._unanswered() if outcome.task is None else [outcome.task]
-        return [done for task in tasks if task in self._open_tasks for done in self._accept_task(task, outcome)]
+            return False
+        for task in self._unanswered() if outcome.task is None else [outcome.task]:
+            if task in self._open_tasks:
+                self._accept_task(task, outcome)
+        return True
 
     def _unanswered(self) -> list[Task]:
         """Return the tasks that a failure of the snapshot ends: not a transcription that is only looked at again."""
         has_answer = {TRANSCRIBE} if self._transcription is not None else set()
         return sorted(self._open_tasks - has_answer, key=_task_order)
 
-    def _accept_task(self, task: Task, outcome: Outcome) -> list[tuple[Task, BaseRecord]]:
+    def _accept_task(self, task: Task, outcome: Outcome) -> None:
         if isinstance(outcome, Failure):
-            return [self._done(task, to_error(self._utterance, task, self.sequence, outcome.message))]
-        if task.kind is TaskKind.TRANSLATE:
-            return [self._done(task, to_translation(self._utterance, outcome, self.sequence))]
-        self._transcription = outcome
-        return self._look_again_or_finish(outcome)
+            self._done(task, outcome.message)
+        elif task.kind is TaskKind.TRANSLATE:
+            self._done(task, outcome)
+        else:
+            self._transcription = outcome
+            self._look_again_or_finish(outcome)
 
-    def _accept_look(self, look: _Look, outcome: Outcome) -> list[tuple[Task, BaseRecord]]:
+    def _accept_look(self, look: _Look, outcome: Outcome) -> None:
         """Put in what a second look found; one that failed changes nothing: the first look stands."""
         self._look = None
         transcription = self._transcription
@@ -100,11 +142,9 @@ class FinalInProgress:
             found = put_in(transcription, outcome, look.stretch, offset_samples)
         self._transcription = found or transcription
         again = None if found else shortened(look.stretch, self._params)
-        return self._look_again_or_finish(self._transcription, again)
+        self._look_again_or_finish(self._transcription, again)
 
-    def _look_again_or_finish(
-        self, transcription: Hypothesis, again: Stretch | None = None
-    ) -> list[tuple[Task, BaseRecord]]:
+    def _look_again_or_finish(self, transcription: Hypothesis, again: Stretch | None = None) -> None:
         """Look at `again`, or at the next stretch that seems to lack words; finish when there is none."""
         skipped = find_skipped(transcription.words, self._speech_end_sample, self._params)
         for stretch in ([again] if again else []) + skipped:
@@ -113,8 +153,8 @@ class FinalInProgress:
                 self._looked_at.add(span)
                 self._look = self._make_look(stretch, transcription.language)
                 self._is_look_due = True
-                return []
-        return [self._done(TRANSCRIBE, to_final(self._utterance, transcription, self.sequence, self._reason))]
+                return
+        self._done(TRANSCRIBE, transcription)
 
     def _make_look(self, stretch: Stretch, language: str) -> _Look:
         self._num_looks += 1
@@ -134,9 +174,17 @@ class FinalInProgress:
         )
         return _Look(stretch, snapshot)
 
-    def _done(self, task: Task, record: BaseRecord) -> tuple[Task, BaseRecord]:
+    def _done(self, task: Task, result: Hypothesis | str) -> None:
+        """Take note of what `task` came to: a hypothesis, or the message of a failure."""
         self._open_tasks.discard(task)
-        return task, record
+        self._results.append((task, result))
+
+    def _record(self, task: Task, result: Hypothesis | str, sequence: int, reason: CloseReason) -> BaseRecord:
+        if isinstance(result, str):
+            return to_error(self._utterance, task, sequence, result)
+        if task.kind is TaskKind.TRANSLATE:
+            return to_translation(self._utterance, result, sequence)
+        return to_final(self._utterance, result, sequence, reason)
 
 
 def _task_order(task: Task) -> tuple[str, str]:

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.audio.samples_to_chunks import by_chunk_index
 from pipeline.audio.utterances_to_embeddings import UtterancesToEmbeddings
 from pipeline.decode.embeddings_to_hypotheses import DecodeEngine
 from pipeline.items import DecodeRequest, Embeddings, Outcome, Snapshot
 from pipeline.records import BaseRecord
-from pipeline.stream import Stream, by_chunk_index
+from pipeline.stream import Stream
 from pipeline.stream_params import StreamParams
 from pipeline.text.hypotheses_to_records import Tier
 

@@ -12,7 +12,6 @@ it wants them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -33,21 +32,19 @@ from pipeline.items import (
     UtteranceOpened,
     tasks_of,
 )
-from pipeline.open_utterance import PAUSE_MS, OpenUtterance
+from pipeline.open_utterance import OpenUtterance
 from pipeline.records import BaseRecord, FinalRecord, HealthRecord
 from pipeline.stream_params import AUTO, StreamParams
 from pipeline.text.hypotheses_to_records import Tier, Utterance, to_partial
 from pipeline.text.in_order import InOrder
-from pipeline.text.stable_prefix import StablePrefix
+from pipeline.text.stable_prefix import Heard, StablePrefix
 from pipeline.text.transcripts_to_summaries import TranscriptsToSummaries
 from pipeline.timebase import ms_to_samples, samples_to_ms
 
-_NEW_SPEECH_MS = 160
-"""Less new speech than a syllable changes no word."""
+_EARLY_SOON_MS = 300
+"""An early final that begins no later in a pause stands in for the pause's partial."""
 _MIN_ADVANCE_MS = 500
 """A partial's window is not moved by less than this: word times cost a little too."""
-_LAST_SPEECH_MS = 80
-"""New speech that is worth a partial when it is the end of a word."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,10 +80,12 @@ class Stream:
         self._open: dict[int, OpenUtterance] = {}  # by channel
         self._closed: dict[int, FinalInProgress] = {}  # by utterance number
         self._finals_due: list[Snapshot] = []
+        self._void_keys: list[SnapshotKey] = []
         self._next_sequence = start.next_sequence
         self._next_utterance = start.next_utterance
         self._end_sample = start.start_sample
         self._history_samples = ms_to_samples(_history_ms(params.vad))
+        self._post_roll_samples = params.vad.windows(params.vad.post_roll_ms) * ms_to_samples(params.vad.window_ms)
         self._records: list[BaseRecord] = []
         self._ordered: dict[Task, InOrder[BaseRecord]] = {
             task: InOrder(start.next_sequence) for task in tasks_of(params.captions.translate_to, is_final=True)
@@ -117,6 +116,8 @@ class Stream:
             self._on_event(event)
         if (utterance := self._open.get(item.channel)) is not None:
             utterance.hear(self._detectors[item.channel].last_speech_sample, item)
+            if utterance.early is not None and utterance.early.end_sample != self._end_of_final(utterance):
+                self._void_keys += utterance.forget_early()
         self._trim(item.channel)
 
     def finish(self) -> None:
@@ -153,29 +154,31 @@ class Stream:
                 cadence by samples.
         """
         due, self._finals_due = self._finals_due, []
-        if self.params.captions.has_partials and self._closing_event is None:
-            for utterance in sorted(self._open.values(), key=lambda u: u.number):
-                if self._is_partial_due(utterance, cadence_ms):
-                    due.append(self._take_partial(utterance))
+        if self._closing_event is not None:
+            return due
+        has_early = cadence_ms is not None and self.params.snapshots.prefetches_finals
+        has_early_soon = has_early and self.params.vad.post_roll_ms <= _EARLY_SOON_MS
+        for utterance in sorted(self._open.values(), key=lambda u: u.number):
+            end_sample = self._tails[utterance.channel].end_sample
+            if has_early and utterance.early is None and end_sample >= self._end_of_final(utterance):
+                # All the sound that the final would have is there, though the pause may not be the end.
+                snapshot = self._snapshot(utterance, self._end_of_final(utterance), is_final=True)
+                utterance.early = self._begin_final(utterance, snapshot, utterance.speech_end_sample)
+                due.append(snapshot)
+            elif self.params.captions.has_partials and utterance.is_partial_due(
+                end_sample, self.params.snapshots, cadence_ms, has_early_soon=has_early_soon
+            ):
+                due.append(self._take_partial(utterance))
         return due
 
-    def _is_partial_due(self, utterance: OpenUtterance, cadence_ms: int | None) -> bool:
-        params = self.params.snapshots
-        end_sample = self._tails[utterance.channel].end_sample
-        if (
-            utterance.in_flight_revision is not None
-            or end_sample - utterance.onset_sample < ms_to_samples(params.min_speech_ms)
-        ):  # fmt: skip
-            return False
-        soonest_ms = params.cadence_ms if cadence_ms is None else params.min_cadence_ms
-        wanted_ms = min(max(soonest_ms, cadence_ms or 0), params.max_cadence_ms)
-        new_speech_ms = samples_to_ms(utterance.new_speech_samples)
-        has_paused = samples_to_ms(end_sample - utterance.speech_end_sample) >= PAUSE_MS
-        if has_paused or utterance.is_opening:
-            wanted_ms = soonest_ms
-        since = max(utterance.snapshot_end_sample, utterance.start_sample)
-        is_worth_it = new_speech_ms >= (_LAST_SPEECH_MS if has_paused else _NEW_SPEECH_MS)
-        return is_worth_it and end_sample - since >= ms_to_samples(wanted_ms)
+    def take_void_keys(self) -> list[SnapshotKey]:
+        """Return the keys of snapshots handed out whose outcomes nobody needs any more, each once."""
+        keys, self._void_keys = self._void_keys, []
+        return keys
+
+    def _end_of_final(self, utterance: OpenUtterance) -> int:
+        """Return where the utterance ends if nobody speaks on, as the detector will say it."""
+        return utterance.speech_end_sample + self._post_roll_samples
 
     def _take_partial(self, utterance: OpenUtterance) -> Snapshot:
         end_sample = self._tails[utterance.channel].end_sample
@@ -222,31 +225,53 @@ class Stream:
             self._accept_final(closed, outcome)
             return
         for utterance in self._open.values():
-            if utterance.number == outcome.key.utterance and utterance.in_flight_revision == outcome.key.revision:
-                self._accept_partial(utterance, outcome)
+            if utterance.number == outcome.key.utterance:
+                if utterance.early is not None and utterance.early.accept(outcome):
+                    self._accept_early_final(utterance, utterance.early)
+                elif utterance.in_flight_revision == outcome.key.revision:
+                    self._accept_partial(utterance, outcome)
                 return
 
     def _accept_partial(self, utterance: OpenUtterance, outcome: Outcome) -> None:
         utterance.in_flight_revision = None
         if isinstance(outcome, Failure):
             return
-        if outcome.guard is not None:
-            self._publish_partial(
-                utterance, outcome, utterance.stable.show_doubtful(utterance.window.whole_text(outcome.text))
-            )
-            return
         window = utterance.window
-        window.accept(outcome)
-        heard_samples = utterance.snapshot_end_sample - utterance.start_sample
-        if heard_samples >= ms_to_samples(self.params.snapshots.keep_language_after_ms):
-            utterance.language = outcome.language
+        if outcome.guard is None:
+            window.accept(outcome)
         heard = utterance.heard(outcome, self.params.skipped_speech)
-        shown = utterance.stable.revise(window.whole_text(outcome.text), heard)
-        if self._publish_partial(utterance, outcome, shown):
-            utterance.num_shown += 1
-        if self._may_advance(utterance, utterance.snapshot_end_sample):
+        self._show(utterance, outcome, window.whole_text(outcome.text), heard)
+        if outcome.guard is None and self._may_advance(utterance, utterance.snapshot_end_sample):
             keep_samples = ms_to_samples(self.params.snapshots.window_ms)
             window.advance(outcome, utterance.stable.num_confirmed, utterance.snapshot_end_sample, keep_samples)
+
+    def _accept_early_final(self, utterance: OpenUtterance, early: FinalInProgress) -> None:
+        """Show what the final would say: it may come to that, and somebody may speak on."""
+        if (look := early.take_snapshot()) is not None:
+            self._finals_due.append(look)
+        found = early.transcription
+        if found is None or found is utterance.shown_early or not self.params.captions.has_partials:
+            return
+        # A partial that is still in flight has heard less.
+        utterance.in_flight_revision = None
+        utterance.shown_early = found
+        utterance.snapshot_end_sample = early.end_sample
+        utterance.new_speech_samples = 0
+        heard = utterance.heard(found, self.params.skipped_speech, is_whole=True)
+        self._show(utterance, found, found.text.strip(), heard)
+        if found.guard is None:
+            utterance.window.take_draft(found)
+
+    def _show(self, utterance: OpenUtterance, hypothesis: Hypothesis, text: str, heard: Heard) -> None:
+        """Publish what is to be seen when `text` is the utterance's so far."""
+        if hypothesis.guard is not None:
+            self._publish_partial(utterance, hypothesis, utterance.stable.show_doubtful(text))
+            return
+        heard_samples = utterance.snapshot_end_sample - utterance.start_sample
+        if heard_samples >= ms_to_samples(self.params.snapshots.keep_language_after_ms):
+            utterance.language = hypothesis.language
+        if self._publish_partial(utterance, hypothesis, utterance.stable.revise(text, heard)):
+            utterance.num_shown += 1
 
     def _publish_partial(self, utterance: OpenUtterance, outcome: Hypothesis, seen: tuple[str, int] | None) -> bool:
         """Publish what is to be seen of `outcome`, text and stable characters; return whether there was any text."""
@@ -257,13 +282,17 @@ class Stream:
         return True
 
     def _accept_final(self, closed: FinalInProgress, outcome: Outcome) -> None:
-        for task, record in closed.accept(outcome):
-            self._release(task, closed.sequence, record)
+        closed.accept(outcome)
         if (look := closed.take_snapshot()) is not None:
             self._finals_due.append(look)
-        if closed.is_done:
-            del self._closed[outcome.key.utterance]
+        self._release_done(outcome.key.utterance, closed)
         self._end_if_done()
+
+    def _release_done(self, number: int, closed: FinalInProgress) -> None:
+        for task, record in closed.take_records():
+            self._release(task, closed.sequence, record)
+        if closed.is_done:
+            del self._closed[number]
 
     def _release(self, task: Task, sequence: int, record: BaseRecord) -> None:
         for released in self._ordered[task].put(sequence, record):
@@ -319,17 +348,24 @@ class Stream:
             return
         utterance = self._open.pop(event.channel)
         end_sample = min(event.end_sample, self.chunker.end_sample)
-        snapshot = self._snapshot(utterance, end_sample, is_final=True)
-        self._finals_due.append(snapshot)
-        self._closed[utterance.number] = FinalInProgress(
-            self._describe(utterance, end_sample),
+        final = utterance.early
+        if final is None or final.end_sample != end_sample:
+            self._void_keys += utterance.forget_early()
+            snapshot = self._snapshot(utterance, end_sample, is_final=True)
+            final = self._begin_final(utterance, snapshot, min(event.last_speech_sample, end_sample))
+            self._finals_due.append(snapshot)
+        final.close(self._next_sequence, event.reason)
+        self._next_sequence += 1
+        self._closed[utterance.number] = final
+        self._release_done(utterance.number, final)
+
+    def _begin_final(self, utterance: OpenUtterance, snapshot: Snapshot, speech_end_sample: int) -> FinalInProgress:
+        return FinalInProgress(
+            self._describe(utterance, snapshot.end_sample),
             snapshot,
-            sequence=self._next_sequence,
-            reason=event.reason,
-            speech_end_sample=min(event.last_speech_sample, end_sample),
+            speech_end_sample=speech_end_sample,
             params=self.params.skipped_speech,
         )
-        self._next_sequence += 1
 
     def _describe(self, utterance: OpenUtterance, end_sample: int) -> Utterance:
         return Utterance(
@@ -361,15 +397,3 @@ def _history_ms(vad: VadParams) -> int:
     hangover between them.
     """
     return vad.windows(vad.min_speech_ms) * vad.hangover_ms + vad.onset_ms + vad.pre_roll_ms + 1_000
-
-
-def by_chunk_index(items: Iterable[Chunk | Gap]) -> Iterator[list[Chunk | Gap]]:
-    """Group the chunks of all channels that cover the same 80 ms: snapshots are taken between groups."""
-    group: list[Chunk | Gap] = []
-    for item in items:
-        if group and isinstance(item, Chunk) and isinstance(group[-1], Chunk) and item.index != group[-1].index:
-            yield group
-            group = []
-        group.append(item)
-    if group:
-        yield group

@@ -37,6 +37,10 @@ class SnapshotParams(Params):
         le=30_000,
         description="sound that a partial looks at, at least; what lies before it and is stable is not heard again",
     )
+    prefetches_finals: bool = Field(
+        default=True,
+        description="begin a final in a pause before it is long enough to end the utterance, in live streams",
+    )
     keep_language_after_ms: int = Field(
         default=3_000, ge=0, le=30_000, description="partials longer than this keep the language detected before"
     )

@@ -11,13 +11,14 @@ from pipeline.items import (
     Failure,
     FailureKind,
     Hypothesis,
+    Outcome,
     Snapshot,
     SnapshotKey,
     Task,
     TaskKind,
     Word,
 )
-from pipeline.records import FinalRecord
+from pipeline.records import BaseRecord, FinalRecord
 from pipeline.text.hypotheses_to_records import Utterance
 from pipeline.text.skipped_speech import SkippedSpeechParams, Stretch, find_skipped, put_in, shortened
 from tests.media import read_pcm
@@ -150,23 +151,27 @@ def in_progress(samples, tasks=(TRANSCRIBE,), **changes: object) -> tuple[FinalI
     final = FinalInProgress(
         utterance,
         snapshot,
-        sequence=4,
-        reason=CloseReason.LONG,
         speech_end_sample=end_sample,
         params=SkippedSpeechParams(**changes),
     )
+    final.close(4, CloseReason.LONG)
     return final, snapshot
+
+
+def records_of(final: FinalInProgress, outcome: Outcome) -> list[tuple[Task, BaseRecord]]:
+    assert final.accept(outcome)
+    return final.take_records()
 
 
 def test_a_failed_second_look_leaves_the_first(speech):
     final, _ = in_progress(read_pcm(speech)[: 16_000 * 6])
-    assert final.accept(hypothesis(("Good", 0.0, 0.5), ("morning", 0.5, 1.0))) == []
+    assert records_of(final, hypothesis(("Good", 0.0, 0.5), ("morning", 0.5, 1.0))) == []
     look = final.take_snapshot()
     assert look is not None
     assert final.take_snapshot() is None
     assert look.start_sample == 32_000 + 16_000 - 3_200
     assert (look.language, look.draft, look.tasks, look.is_final) == ("en", (), (TRANSCRIBE,), True)
-    ((task, record),) = final.accept(Failure(look.key, None, FailureKind.FAILED, "lost"))
+    ((task, record),) = records_of(final, Failure(look.key, None, FailureKind.FAILED, "lost"))
     assert task == TRANSCRIBE
     assert isinstance(record, FinalRecord)
     assert (record.text, record.revision, record.sequence) == ("Good morning", KEY.revision, 4)
@@ -176,19 +181,19 @@ def test_a_failed_second_look_leaves_the_first(speech):
 def test_a_translation_that_fails_takes_nothing_from_a_transcription_that_is_looked_at_again(speech):
     english = Task(TaskKind.TRANSLATE, "en")
     final, snapshot = in_progress(read_pcm(speech)[: 16_000 * 6], tasks=(TRANSCRIBE, english))
-    assert final.accept(hypothesis(("Good", 0.0, 0.5))) == []
+    assert records_of(final, hypothesis(("Good", 0.0, 0.5))) == []
     look = final.take_snapshot()
     assert look is not None
-    ((task, error),) = final.accept(Failure(snapshot.key, None, FailureKind.UNAVAILABLE, "the decoder died"))
+    ((task, error),) = records_of(final, Failure(snapshot.key, None, FailureKind.UNAVAILABLE, "the decoder died"))
     assert (task, error.kind) == (english, "error")
-    ((task, record),) = final.accept(Failure(look.key, None, FailureKind.UNAVAILABLE, "the decoder died"))
+    ((task, record),) = records_of(final, Failure(look.key, None, FailureKind.UNAVAILABLE, "the decoder died"))
     assert (task, record.text) == (TRANSCRIBE, "Good")
     assert final.is_done
 
 
 def test_without_looks_allowed_the_first_hypothesis_is_the_final(speech):
     final, _ = in_progress(read_pcm(speech)[: 16_000 * 6], max_looks=0)
-    ((_, record),) = final.accept(hypothesis(("Good", 0.0, 0.5)))
+    ((_, record),) = records_of(final, hypothesis(("Good", 0.0, 0.5)))
     assert isinstance(record, FinalRecord)
     assert record.text == "Good"
 
@@ -196,13 +201,13 @@ def test_without_looks_allowed_the_first_hypothesis_is_the_final(speech):
 def test_looks_are_bounded(speech):
     final, snapshot = in_progress(read_pcm(speech)[: 16_000 * 12], max_looks=2)
     outcome = hypothesis(*((f"w{n}", n * 2.0, n * 2.0 + 0.3) for n in range(5)))
-    final.accept(replace(outcome, key=snapshot.key))
+    assert records_of(final, replace(outcome, key=snapshot.key)) == []
     num_looks = 0
     while not final.is_done:
         look = final.take_snapshot()
         assert look is not None
         num_looks += 1
-        final.accept(Failure(look.key, None, FailureKind.UNAVAILABLE, "gone"))
+        records_of(final, Failure(look.key, None, FailureKind.UNAVAILABLE, "gone"))
     assert num_looks == 2
 
 
@@ -221,9 +226,9 @@ def test_a_real_tail_that_the_decoder_left_out_is_found_again(speech):
     whole = decode(snapshot)
     kept = next(n for n, word in enumerate(whole.words) if word.text.startswith("factory")) + 1
     cut_text = " ".join(word.text for word in whole.words[:kept])
-    assert final.accept(replace(whole, words=whole.words[:kept], text=cut_text)) == []
+    assert records_of(final, replace(whole, words=whole.words[:kept], text=cut_text)) == []
     look = final.take_snapshot()
     assert look is not None
-    ((_, record),) = final.accept(decode(look))
+    ((_, record),) = records_of(final, decode(look))
     assert isinstance(record, FinalRecord)
     assert record.text.split() == whole.text.split()

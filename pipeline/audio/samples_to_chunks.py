@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -122,3 +124,15 @@ class SamplesToChunks:
         if gap_samples == CHUNK_SAMPLES:
             return [Chunk(channel, index, _SILENT_CHUNK, gap_samples) for channel in range(self._num_channels)]
         return [Chunk(channel, index, row.copy(), gap_samples) for channel, row in enumerate(self._pending)]
+
+
+def by_chunk_index(items: Iterable[Chunk | Gap]) -> Iterator[list[Chunk | Gap]]:
+    """Group the chunks of all channels that cover the same 80 ms: snapshots are taken between groups."""
+    group: list[Chunk | Gap] = []
+    for item in items:
+        if group and isinstance(item, Chunk) and isinstance(group[-1], Chunk) and item.index != group[-1].index:
+            yield group
+            group = []
+        group.append(item)
+    if group:
+        yield group

@@ -50,6 +50,12 @@ class PartialWindow:
         """Take the hypothesis for the window: its tokens behind the prefix are the next draft."""
         self.draft = hypothesis.tokens[len(self.prefix) :]
 
+    def take_draft(self, hypothesis: Hypothesis) -> None:
+        """Take the draft from a hypothesis for the whole utterance, if it begins as what is given."""
+        given = self.head_tokens + self.prefix
+        if hypothesis.tokens[: len(given)] == given:
+            self.draft = hypothesis.tokens[len(given) :]
+
     def advance(self, hypothesis: Hypothesis, num_confirmed_units: int, end_sample: int, keep_samples: int) -> None:
         """Leave out the sound before the last word that begins `keep_samples` or more before `end_sample`.
 
