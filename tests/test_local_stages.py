@@ -170,6 +170,25 @@ async def test_a_consumer_that_goes_away_leaves_nothing_behind(model: ModelParam
         assert [outcome.task for outcome in await outcomes_of(stages, snapshot(1))] == [TRANSCRIBE, ENGLISH]
 
 
+async def test_what_is_withdrawn_ends_as_superseded_waiting_or_sent_and_costs_others_nothing(
+    model: ModelParams, metrics: Metrics
+) -> None:
+    async with open_stages(model, metrics, max_work_ms=1) as stages:
+        tasks = [asyncio.create_task(outcomes_of(stages, snapshot(number))) for number in range(1, 5)]
+        kept = asyncio.create_task(outcomes_of(stages, snapshot(5)))
+        while stages.num_in_flight == 0:
+            await asyncio.sleep(0)
+        for number in range(1, 5):
+            stages.withdraw(snapshot(number).key)
+        for task in tasks:
+            [failure] = await task
+            assert isinstance(failure, Failure)
+            assert (failure.kind, failure.task) == (FailureKind.SUPERSEDED, None)
+        assert [outcome.task for outcome in await kept] == [TRANSCRIBE, ENGLISH]
+        stages.withdraw(snapshot(5).key)
+    assert metrics.registry.get_sample_value("surtitle_superseded_total") == 4
+
+
 async def test_what_is_open_when_the_stages_close_is_unavailable(model: ModelParams, metrics: Metrics) -> None:
     async with open_stages(model, metrics) as stages:
         task = asyncio.create_task(outcomes_of(stages, snapshot(1)))

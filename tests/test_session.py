@@ -152,6 +152,7 @@ class WatchedStages:
     def __init__(self, stages: Stages) -> None:
         self.info = stages.info
         self.submit = stages.submit
+        self.withdraw = stages.withdraw
         self.aclose = stages.aclose
         self.num_asked = 0
 
