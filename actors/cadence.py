@@ -34,6 +34,7 @@ _HOLD_MS = 1_000.0
 """The cadence does not shorten for so long after the stages were behind: the effect of a stretch is not seen sooner."""
 _GATHER_SHARE = 0.2
 _MAX_GATHER_MS = 400.0
+_COMPANY_SHARE = 0.7
 _NO_REST_MS = 750.0
 """A stage may work for so long on one final."""
 
@@ -90,6 +91,11 @@ class CadencePolicy:
         """New sound between two partials of an utterance, in milliseconds; whole chunks within the bounds."""
         whole_ms = round(self._cadence_ms / CHUNK_MS) * CHUNK_MS
         return round(min(self._max_ms, max(self._min_ms, whole_ms)))
+
+    @property
+    def company_cadence_ms(self) -> int:
+        """The cadence while somebody waits for a call: who is nearly due goes along instead of alone a little later."""
+        return round(max(self._min_ms, _COMPANY_SHARE * self.cadence_ms))
 
     @property
     def gather_ms(self) -> float:

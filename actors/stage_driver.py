@@ -79,7 +79,7 @@ class StageDriver:
     @property
     def cadence_ms(self) -> int:
         """New sound between two partials of an utterance that the stages can bear now, in milliseconds."""
-        return self._cadence.cadence_ms
+        return self._cadence.company_cadence_ms if self._queue.num_waiting else self._cadence.cadence_ms
 
     @property
     def num_in_flight(self) -> int:

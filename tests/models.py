@@ -21,6 +21,7 @@ from pipeline.models.whisper.runner import load_parts
 NO_GUARDS = GuardParams(
     min_loop_repeats=64,
     min_loop_tokens=448,
+    max_chars_per_s=10_000.0,
     compression_ratio_threshold=100.0,
     no_speech_threshold=1.0,
     certain_no_speech_threshold=1.0,

@@ -132,9 +132,15 @@ def decode(tokens: object) -> str:
     return " ".join(f"w{token}" for token in tokens)
 
 
-def run_greedy(next_tokens: list[int], draft: tuple[int, ...], no_speech: float = 0.0, cap: int = 100) -> TokenSequence:
+def run_greedy(
+    next_tokens: list[int],
+    draft: tuple[int, ...],
+    no_speech: float = 0.0,
+    cap: int = 100,
+    max_chars: float | None = None,
+) -> TokenSequence:
     """Decode with a model that always says `next_tokens`, feeding at most seven tokens a pass."""
-    limits = Limits(cap, EOT, GuardParams())
+    limits = Limits(cap, EOT, GuardParams(), max_chars)
     sequence = TokenSequence(Prompt((SOT, 1, 2)), draft, limits, decode)
     while not sequence.is_finished:
         feed = sequence.feed(7)
@@ -150,10 +156,13 @@ def run_greedy(next_tokens: list[int], draft: tuple[int, ...], no_speech: float 
     truth=st.lists(st.integers(0, 9), max_size=40),
     cut=st.integers(0, 40),
     noise=st.lists(st.integers(-5, EOT + 5), max_size=50),
+    max_chars=st.one_of(st.none(), st.floats(0, 100)),
 )
-def test_a_draft_changes_nothing_but_the_number_of_passes(truth: list[int], cut: int, noise: list[int]) -> None:
-    plain = run_greedy(truth, ())
-    drafted = run_greedy(truth, (*truth[:cut], *noise))
+def test_a_draft_changes_nothing_but_the_number_of_passes(
+    truth: list[int], cut: int, noise: list[int], max_chars: float | None
+) -> None:
+    plain = run_greedy(truth, (), max_chars=max_chars)
+    drafted = run_greedy(truth, (*truth[:cut], *noise), max_chars=max_chars)
     assert (drafted.tokens, drafted.logprobs, drafted.guard) == (plain.tokens, plain.logprobs, plain.guard)
     assert drafted.average_logprob == plain.average_logprob
 
@@ -167,6 +176,16 @@ def test_a_right_draft_takes_as_many_passes_as_its_tokens_need_and_no_more() -> 
 def test_a_loop_ends_decoding_early() -> None:
     sequence = run_greedy([7, *[1, 2, 3] * 70], ())
     assert (sequence.guard, sequence.tokens, sequence.num_passes) == (LOOP, (7, 1, 2, 3), 13)
+
+
+def test_more_than_anybody_can_speak_is_a_loop_as_soon_as_it_comes_a_second_time() -> None:
+    hasty = run_greedy([7, *[1, 2, 3] * 70], (), max_chars=15)
+    assert (hasty.guard, hasty.tokens, hasty.num_passes) == (LOOP, (7, 1, 2, 3), 7)
+    slow = run_greedy([7, *[1, 2, 3] * 70], (), max_chars=30)
+    assert (slow.guard, slow.tokens, slow.num_passes) == (LOOP, (7, 1, 2, 3), 11)
+    said_twice = [7, *[1, 2, 3] * 2, 8]
+    assert run_greedy(said_twice, (), max_chars=30).guard is None
+    assert run_greedy(said_twice, ()).guard is None
 
 
 def test_nothing_of_a_loop_is_kept_where_no_speech_is_heard() -> None:

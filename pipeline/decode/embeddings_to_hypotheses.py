@@ -16,7 +16,7 @@ from typing import Protocol
 
 import numpy as np
 
-from pipeline.decode.guards import SILENCE, GuardParams, is_sparse, token_cap
+from pipeline.decode.guards import SILENCE, GuardParams, is_sparse, max_chars_of, token_cap
 from pipeline.decode.runner import DecodeRunner, Lease, Row, RowResult, TimedText
 from pipeline.decode.scheduler import Ended, EndReason, Piece, Priority, Progress, Scheduler, SchedulerParams, Work
 from pipeline.decode.sequence import Feed, Limits, Prompt, TokenSequence
@@ -268,7 +268,9 @@ class DecodeEngine:
         if room < 1:
             raise ValueError(f"a prefix of {len(request.prefix)} tokens leaves no room for text")
         max_new_tokens = min(room, token_cap(embeddings.num_audio_samples, self._params.guards))
-        limits = Limits(max_new_tokens, self._prompter.eot, self._params.guards)
+        # A loop in a final is told by repetition alone: nothing corrects it, and a few more passes do not matter.
+        max_chars = None if request.is_final else max_chars_of(embeddings.num_audio_samples, self._params.guards)
+        limits = Limits(max_new_tokens, self._prompter.eot, self._params.guards, max_chars)
         sequence = TokenSequence(prompt, request.draft, limits, self._prompter.decode)
         return _Active(request, embeddings, sequence, limits)
 

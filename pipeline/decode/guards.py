@@ -35,6 +35,15 @@ class GuardParams(Params):
     min_loop_tokens: int = Field(
         default=12, ge=2, le=448, description="tokens that all occurrences together must have to make a loop"
     )
+    min_hasty_loop_tokens: int = Field(
+        default=6,
+        ge=2,
+        le=448,
+        description="tokens of two occurrences that make a loop in a partial with more text than anybody can speak",
+    )
+    max_chars_per_s: float = Field(
+        default=25.0, gt=0.0, le=10_000.0, description="characters of text a second of audio that somebody may speak"
+    )
     max_loop_period_tokens: int = Field(
         default=32, ge=1, le=224, description="length of the longest run of tokens whose repetition is looked for"
     )
@@ -99,13 +108,14 @@ class LoopDetector:
         tokens, matching = self._tokens, self._num_matching
         tokens.append(token)
         for period in range(1, min(len(tokens), len(matching))):
-            if token != tokens[-1 - period]:
-                matching[period] = 0
-                continue
-            matching[period] += 1
-            num_tokens = matching[period] + period
-            if num_tokens >= max(self._params.min_loop_repeats * period, self._params.min_loop_tokens):
-                return len(tokens) - matching[period]
+            matching[period] = matching[period] + 1 if token == tokens[-1 - period] else 0
+        return self.find(self._params.min_loop_repeats, self._params.min_loop_tokens)
+
+    def find(self, min_repeats: int, min_tokens: int) -> int | None:
+        """Return how many tokens to keep if the end is `min_repeats` occurrences of something, `min_tokens` in all."""
+        for period in range(1, min(len(self._tokens), len(self._num_matching))):
+            if self._num_matching[period] + period >= max(min_repeats * period, min_tokens):
+                return len(self._tokens) - self._num_matching[period]
         return None
 
 
@@ -169,3 +179,8 @@ def token_cap(num_audio_samples: int, params: GuardParams) -> int:
     """Return how many text tokens `num_audio_samples` of 16 kHz audio may give."""
     by_length = round(num_audio_samples / SAMPLE_RATE_HZ * params.max_tokens_per_s)
     return min(params.max_tokens, max(params.min_token_cap, by_length))
+
+
+def max_chars_of(num_audio_samples: int, params: GuardParams) -> float:
+    """Return how many characters of text somebody may speak in `num_audio_samples` of 16 kHz audio."""
+    return num_audio_samples / SAMPLE_RATE_HZ * params.max_chars_per_s

@@ -29,6 +29,7 @@ from pipeline.decode.runner import Pick, RowResult, StartReading
 # The compression test needs the text; it is made at the end and whenever so many tokens were added.
 _COMPRESSION_TEST_TOKENS = 16
 _LANGUAGE_PLACE = 1
+_HASTY_REPEATS = 2
 # How far behind the place where a draft was left its text is looked for again: two or three words.
 _RESUME_WITHIN = 6
 
@@ -59,11 +60,15 @@ class Feed:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What bounds a sequence: text tokens, the token that ends a text, and the guards."""
+    """What bounds a sequence: text tokens, the token that ends a text, and the guards.
+
+    With more than `max_chars` of text two occurrences of something are a loop; None: always as many as the guards say.
+    """
 
     max_new_tokens: int
     eot: int
     guards: GuardParams
+    max_chars: float | None = None
 
 
 class TokenSequence:
@@ -229,6 +234,8 @@ class TokenSequence:
         self._logprobs.append(pick.logprob)
         self._num_decoded += 1
         num_kept = self._loops.push(pick.token)
+        if num_kept is None:
+            num_kept = self._find_hasty_loop()
         if num_kept is not None:
             self._cut(num_kept, LOOP)
         elif self._num_decoded > self._limits.max_new_tokens:
@@ -236,6 +243,15 @@ class TokenSequence:
             self._cut(self._limits.max_new_tokens, TOKEN_CAP)
         elif self._num_decoded % _COMPRESSION_TEST_TOKENS == 0:
             self._test_compression()
+
+    def _find_hasty_loop(self) -> int | None:
+        """Return how many tokens to keep if the end comes a second time and nobody can speak so much in the time."""
+        if self._limits.max_chars is None:
+            return None
+        num_kept = self._loops.find(_HASTY_REPEATS, self._limits.guards.min_hasty_loop_tokens)
+        if num_kept is None or len(self._decode(self.tokens)) <= self._limits.max_chars:
+            return None
+        return num_kept
 
     def _finish(self) -> None:
         self._is_finished = True
