@@ -255,6 +255,22 @@ def test_an_engine_tells_the_arithmetic_that_was_chosen(tiny: ModelParams, chose
     assert (partial.average_logprob == final.average_logprob) == (chosen == "float32")
 
 
+@needs_int8
+def test_partials_in_float32_beside_finals_in_integers_are_those_of_float32(
+    tiny: ModelParams, exact_parts: DecoderParts
+) -> None:
+    parts = load_parts(tiny.model_copy(update={"partial_dtype": "float32", "final_dtype": "int8"}), 6)
+    items = [replace(random_embeddings(seed), key=key(seed)) for seed in range(4)]
+    mixed = answers_together(tiny_engine(parts), items, finals=frozenset({1, 3}))
+    for item in items:
+        is_partial = item.key.utterance in (0, 2)
+        [found] = [o for o in mixed if isinstance(o, Hypothesis) and o.key == item.key and o.task == TRANSCRIBE]
+        expected = hypothesis_of(answer(tiny_engine(exact_parts), request(item.key, language="de"), item))
+        # rows that attend together round differently in the last bits, 8-bit integers in more
+        assert (abs(found.average_logprob - expected.average_logprob) < 1e-4) == is_partial
+        assert (found.tokens == expected.tokens) or not is_partial
+
+
 def test_without_a_choice_an_engine_measures_if_it_has_a_clock(tiny: ModelParams) -> None:
     params = DecoderParams(scheduler=SchedulerParams(num_slots=1))
     auto = tiny.model_copy(update={"partial_dtype": "auto"})

@@ -3,8 +3,9 @@
 All linear layers run once over the concatenated tokens of all rows; attention runs row by row over views of the row's
 own slot. Nothing is copied or allocated per step but activations.
 
-There are two kinds of lease: exact ones (finals) in float32, and others, for which products with weights may be in a
-reduced arithmetic and rows of one token attend all at once, over views of the memory.
+There are two kinds of lease, each with an arithmetic for the products with weights: exact ones (finals), in float32 or,
+on request, int8; and others (partials), mostly in a reduced one, whose rows of one token attend all at once, over views
+of the memory.
 
 Exactness: the result of a token under an exact lease has the same bits whatever runs beside it and however its
 sequence was cut into passes. Linear layers see to it themselves (pipeline/models/linear.py). The text attention of a
@@ -98,7 +99,8 @@ class WhisperDecoder:
         num_slots: slots of the memory.
         max_context_positions: room of a slot for the encoder's positions.
         device: where it computes.
-        partial_arithmetic: of the products with weights under leases that are not exact; "float32" makes all exact.
+        partial_arithmetic: of the products with weights under leases that are not exact. "float32" for both kinds makes
+            all leases exact.
         exact_arithmetic: the same under exact leases: float32, or int8, whose rows do not depend on others either.
     """
 
@@ -126,7 +128,7 @@ class WhisperDecoder:
             if partial_arithmetic == exact_arithmetic
             else _build_network(checkpoint, device, reduced_linear(partial_arithmetic))
         )
-        self._has_rough_leases = partial_arithmetic != "float32"
+        self._has_rough_leases = partial_arithmetic != "float32" or exact_arithmetic != "float32"
         places = math.ceil(config.max_target_positions / _SPAN) * _SPAN
         self.memory = KvMemory(
             KvShape(
