@@ -19,7 +19,7 @@ from ingest.processes import DecoderProcess, DecoderProcesses
 from ingest.source import AudioBlock, AudioParams, SourceGap, SourceInfo, SourceItem
 from ingest.wire import Ended, Failed, FailureKind, Message, Opened, WireError, WireParser
 from pipeline.errors import MediaError, SourceNotFound
-from pipeline.timebase import SAMPLE_RATE_HZ
+from pipeline.timebase import SAMPLE_RATE_HZ, ms_to_samples
 
 OPEN_TIMEOUT_S = 30.0
 _READ_BYTES = 1 << 16
@@ -169,7 +169,8 @@ class ContainerSource:
         """Return the next message.
 
         Raises:
-            MediaError: if it is a failure or no message at all, or the process ended without saying so.
+            MediaError: if it is a failure, a gap over the limit or no message at all, or the process ended without
+                saying so.
         """
         process = self._process
         if process is None:
@@ -187,7 +188,17 @@ class ContainerSource:
         message = self._messages.popleft()
         if isinstance(message, Failed):
             raise (SourceNotFound if message.kind is FailureKind.NOT_FOUND else MediaError)(message.message)
+        if isinstance(message, SourceGap):
+            self._check_gap(message.num_samples)
         return message
+
+    def _check_gap(self, num_samples: int) -> None:
+        """Hold the process to the limit that it was told: every second of a gap becomes chunks here."""
+        if num_samples > ms_to_samples(self._params.max_gap_ms):
+            raise MediaError(
+                f"the decoder process sent nonsense: a gap of {num_samples / SAMPLE_RATE_HZ:.0f} s, over the limit of "
+                f"{self._params.max_gap_ms / 1_000:.0f} s"
+            )
 
     async def _wait_until_due(self, num_samples: int) -> None:
         """Count `num_samples` in and, in real time, wait until the last of them would have been heard."""

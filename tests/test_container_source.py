@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import select
 import signal
@@ -18,6 +19,7 @@ import pytest
 from numpy.typing import NDArray
 
 from ingest.container import ContainerSource, Pace
+from ingest.processes import DecoderProcess, DecoderProcesses
 from ingest.source import AudioBlock, AudioParams, ChannelMode, SourceGap, SourceItem
 from pipeline.errors import MediaError, SourceNotFound
 from pipeline.timebase import CHUNK_SAMPLES, SAMPLE_RATE_HZ
@@ -218,6 +220,30 @@ async def test_a_jump_without_end_is_refused(tmp_path: Path) -> None:
     path = encoded(tmp_path / "leap.mka", "pcm_s16le", [(0, tone(0.5)), (86_400, tone(0.5))])
     with pytest.raises(MediaError, match="timestamps jump by 86400 s, over the limit of 600 s"):
         await play(path)
+
+
+class Unruly(DecoderProcesses):
+    """Processes that keep to no limit of gaps but the largest there is."""
+
+    async def open(self, request: bytes) -> DecoderProcess:
+        asked = json.loads(request)
+        asked["params"]["max_gap_ms"] = 86_400_000
+        return await super().open(json.dumps(asked).encode())
+
+
+async def test_a_gap_that_the_process_should_have_refused_ends_the_stream(tmp_path: Path) -> None:
+    path = encoded(tmp_path / "leap.mka", "pcm_s16le", [(0, tone(0.5)), (3.5, tone(0.5)), (8, tone(0.5))])
+    async with (
+        Unruly() as processes,
+        ContainerSource(path, AudioParams(max_gap_ms=3_000), Pace.FAST, processes) as source,
+    ):
+        items = []
+        with pytest.raises(MediaError, match=r"nonsense: a gap of 4 s, over the limit of 3 s"):
+            async for item in source:
+                items.append(item)
+        with pytest.raises(StopAsyncIteration):
+            await anext(source)
+    assert [item.num_samples for item in items if isinstance(item, SourceGap)] == [48_000]
 
 
 async def test_damage_in_the_middle_loses_only_what_was_damaged(tmp_path: Path) -> None:
