@@ -22,6 +22,7 @@ from pipeline.errors import MediaError, SourceNotFound
 from pipeline.timebase import SAMPLE_RATE_HZ, ms_to_samples
 
 OPEN_TIMEOUT_S = 30.0
+MESSAGE_TIMEOUT_S = 30.0
 _READ_BYTES = 1 << 16
 
 
@@ -43,6 +44,9 @@ class ContainerSource:
         params: how to normalise, and what to refuse.
         pace: see `Pace`.
         processes: where the process that decodes comes from; None: from a zygote of its own, which takes longer.
+        message_timeout_s: how long that process may be waited for once the media is open. It runs ahead until the
+            socket is full, so neither real time nor a gap nor a slow consumer keeps anybody waiting for it; what does
+            is a demuxer that spins, or a disk that gives nothing.
     """
 
     def __init__(
@@ -51,11 +55,14 @@ class ContainerSource:
         params: AudioParams | None = None,
         pace: Pace = Pace.REALTIME,
         processes: DecoderProcesses | None = None,
+        *,
+        message_timeout_s: float = MESSAGE_TIMEOUT_S,
     ) -> None:
         self._location = str(location)
         self._params = params or AudioParams()
         self._pace = pace
         self._processes = processes
+        self._message_timeout_s = message_timeout_s
         self._process: DecoderProcess | None = None
         self._exits = AsyncExitStack()
         self._is_opened = False
@@ -123,12 +130,19 @@ class ContainerSource:
 
         Raises:
             StopAsyncIteration: the media has ended.
-            MediaError: it turned out to be unusable, or the decoder process died.
+            MediaError: it turned out to be unusable, or the decoder process died or does not go on.
         """
         if self._has_ended:
             raise StopAsyncIteration
         try:
-            item = await self._next_message()
+            async with asyncio.timeout(self._message_timeout_s):
+                item = await self._next_message()
+        except TimeoutError as error:
+            self._has_ended = True
+            raise MediaError(
+                f"the decoder process has given nothing for {self._message_timeout_s:.0f} s: the file is damaged, or "
+                "read too slowly"
+            ) from error
         except MediaError:
             self._has_ended = True
             raise

@@ -296,6 +296,29 @@ async def test_the_death_of_the_decoder_ends_the_stream_with_an_error(speech: Pa
             await anext(source)
 
 
+async def test_a_decoder_that_does_not_go_on_ends_the_stream_with_an_error(speech: Path) -> None:
+    async with ContainerSource(speech, pace=Pace.FAST, message_timeout_s=0.2) as source:
+        assert source.worker_pid is not None
+        os.kill(source.worker_pid, signal.SIGSTOP)
+        with pytest.raises(MediaError, match="has given nothing for"):
+            async for item in source:  # what it has written before counts
+                assert isinstance(item, AudioBlock)
+        with pytest.raises(StopAsyncIteration):
+            await anext(source)
+    assert source.worker_pid is None
+
+
+async def test_waiting_until_sound_is_due_is_not_waiting_for_the_decoder(tmp_path: Path) -> None:
+    path = encoded(tmp_path / "short.mka", "pcm_s16le", [(0, tone(0.5)), (1.5, tone(0.5))])
+    async with ContainerSource(path, pace=Pace.REALTIME, message_timeout_s=0.5) as source:
+        heard_s = [
+            (item.samples.shape[1] if isinstance(item, AudioBlock) else item.num_samples) / SAMPLE_RATE_HZ
+            async for item in source
+        ]
+    assert max(heard_s) > 0.5
+    assert sum(heard_s) == pytest.approx(2.0, abs=0.01)
+
+
 async def test_leaving_early_ends_the_decoder(speech: Path) -> None:
     async with ContainerSource(speech) as source:
         pid = source.worker_pid
