@@ -98,30 +98,37 @@ class AudioEncoder:
     def _encode(self, snapshots: list[Snapshot]) -> list[Embeddings | Failure]:
         self._computing_since = time.monotonic()
         try:
-            if self._info.device != "cpu":
-                return self._encode_isolated(snapshots)
-            # Finals first: they have all threads, and none beside them.
-            finals = iter(self._encode_isolated([snapshot for snapshot in snapshots if snapshot.is_final]))
-            partials = self._workers.map(
-                self._encode_isolated, [[snapshot] for snapshot in snapshots if not snapshot.is_final]
-            )
-            return [next(finals) if snapshot.is_final else next(partials)[0] for snapshot in snapshots]
+            outcomes = self._run(snapshots)
         finally:
             self._computing_since = None
+        for outcome in outcomes:
+            self._num_failures_in_a_row = self._num_failures_in_a_row + 1 if isinstance(outcome, Exception) else 0
+        return [
+            Failure(snapshot.key, None, FailureKind.FAILED, f"the audio encoder failed: {type(outcome).__name__}")
+            if isinstance(outcome, Exception)
+            else outcome
+            for snapshot, outcome in zip(snapshots, outcomes, strict=True)
+        ]
 
-    def _encode_isolated(self, snapshots: list[Snapshot]) -> list[Embeddings | Failure]:
-        """Encode together; when that raises, one by one, so that a bad snapshot fails alone."""
+    def _run(self, snapshots: list[Snapshot]) -> list[Embeddings | Failure | Exception]:
+        if self._info.device != "cpu":
+            return self._encode_isolated(snapshots)
+        # Finals first: they have all threads, and none beside them.
+        finals = iter(self._encode_isolated([snapshot for snapshot in snapshots if snapshot.is_final]))
+        partials = self._workers.map(
+            self._encode_isolated, [[snapshot] for snapshot in snapshots if not snapshot.is_final]
+        )
+        return [next(finals) if snapshot.is_final else next(partials)[0] for snapshot in snapshots]
+
+    def _encode_isolated(self, snapshots: list[Snapshot]) -> list[Embeddings | Failure | Exception]:
+        """Encode together; when that raises, one by one, so that a bad snapshot fails alone. Threads run it at once."""
         try:
-            embeddings = list(self._encoder.encode(snapshots))
+            return list(self._encoder.encode(snapshots))
         except Exception as exc:
             if len(snapshots) > 1:
                 return [result for snapshot in snapshots for result in self._encode_isolated([snapshot])]
             logger.exception("a snapshot could not be encoded")
-            self._num_failures_in_a_row += 1
-            message = f"the audio encoder failed: {type(exc).__name__}"
-            return [Failure(snapshot.key, None, FailureKind.FAILED, message) for snapshot in snapshots]
-        self._num_failures_in_a_row = 0
-        return embeddings
+            return [exc]
 
 
 def _load(model: ModelParams, params: EncoderParams) -> tuple[UtterancesToEmbeddings, EncoderInfo]:

@@ -229,6 +229,26 @@ async def test_a_snapshot_that_crashes_every_decoder_is_given_up(
         assert all(isinstance(outcome, Hypothesis) for outcome in await outcomes_of(stages, snapshot(2)))
 
 
+async def test_an_encoder_that_fails_again_and_again_says_so(model: ModelParams) -> None:
+    encoder = await asyncio.to_thread(AudioEncoder, model, EncoderParams())
+    # what is no array at all makes the encoder raise, where a bad array only has a failure as its outcome
+    bad, worse = (dataclasses.replace(snapshot(1, is_final=is_final), samples=[0]) for is_final in (False, True))
+    good = snapshot(2, is_final=False)
+    await encoder.encode([bad, worse, bad, good])
+    encoder.check_health()
+    await encoder.encode([good, bad])
+    await encoder.encode([bad])
+    encoder.check_health()
+    [failure] = await encoder.encode([bad])
+    assert isinstance(failure, Failure)
+    assert (failure.key, failure.kind) == (bad.key, FailureKind.FAILED)
+    with pytest.raises(StageUnavailable, match="3 times in a row"):
+        encoder.check_health()
+    assert isinstance((await encoder.encode([good]))[0], Embeddings)
+    encoder.check_health()
+    await encoder.aclose()
+
+
 async def test_a_crashed_decoder_says_so(model: ModelParams, crashes: list[int]) -> None:
     encoder = await asyncio.to_thread(AudioEncoder, model, EncoderParams())
     decoder = await asyncio.to_thread(Decoder, model, DecoderParams())
