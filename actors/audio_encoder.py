@@ -16,14 +16,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from actors.threads import choose_num_threads
-from pipeline.audio.encoder_window import EncoderCost, EncoderParams
+from pipeline.audio.encoder_window import EncoderCosts, EncoderParams
 from pipeline.errors import StageUnavailable
-from pipeline.items import TRANSCRIBE, Embeddings, Failure, FailureKind, Snapshot, SnapshotKey
+from pipeline.items import Embeddings, Failure, FailureKind, Snapshot
 from pipeline.models.weights import ModelParams
-from pipeline.timebase import SAMPLE_RATE_HZ
 
 if TYPE_CHECKING:
     from pipeline.audio.utterances_to_embeddings import UtterancesToEmbeddings
@@ -44,7 +41,7 @@ class EncoderInfo:
     final_dtype: str
     num_threads: int
     num_side_by_side: int  # partials of a call that are encoded at once
-    cost: EncoderCost
+    cost: EncoderCosts
 
 
 class AudioEncoder:
@@ -138,11 +135,13 @@ def _load(model: ModelParams, params: EncoderParams) -> tuple[UtterancesToEmbedd
     from pipeline.audio.utterances_to_embeddings import UtterancesToEmbeddings  # noqa: PLC0415
 
     num_threads = choose_num_threads(model.encoder_threads, "encoder")
-    # Measured as partials run: with one thread each.
+    # Each kind is measured as it runs: partials with one thread each, finals with all. The first calls, which allocate
+    # and choose kernels, are made by it too.
     torch.set_num_threads(1)
     encoder = UtterancesToEmbeddings(model, params, clock=time.perf_counter)
+    partial_cost = encoder.measure_cost(time.perf_counter, is_final=False)
     torch.set_num_threads(num_threads)
-    _warm_up(encoder)
+    final_cost = encoder.measure_cost(time.perf_counter, is_final=True)
     info = EncoderInfo(
         model=model.name,
         device=encoder.device,
@@ -150,7 +149,7 @@ def _load(model: ModelParams, params: EncoderParams) -> tuple[UtterancesToEmbedd
         final_dtype=encoder.final_dtype,
         num_threads=num_threads,
         num_side_by_side=num_threads if encoder.device == "cpu" else 1,
-        cost=encoder.cost,
+        cost=EncoderCosts(partial=partial_cost, final=final_cost),
     )
     return encoder, info
 
@@ -159,19 +158,3 @@ def _use_one_thread() -> None:
     import torch  # noqa: PLC0415 - see the module's docstring
 
     torch.set_num_threads(1)
-
-
-def _warm_up(encoder: UtterancesToEmbeddings) -> None:
-    """Run one second of silence through `encoder`: the first call allocates and chooses kernels."""
-    snapshot = Snapshot(
-        key=SnapshotKey("warm-up", 1, 1),
-        channel=0,
-        is_final=False,
-        start_sample=0,
-        samples=np.zeros(SAMPLE_RATE_HZ, np.int16),
-        language=None,
-        languages=(),
-        draft=(),
-        tasks=(TRANSCRIBE,),
-    )
-    encoder.encode([snapshot])

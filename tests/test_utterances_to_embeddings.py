@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from pipeline.audio.encoder_window import EncoderCost, EncoderParams
+from pipeline.audio.encoder_window import EncoderCost, EncoderCosts, EncoderParams
 from pipeline.audio.utterances_to_embeddings import UtterancesToEmbeddings
 from pipeline.errors import ModelError
 from pipeline.items import Embeddings, Failure, FailureKind, Snapshot, SnapshotKey
@@ -283,14 +283,31 @@ def test_integers_are_for_cpus() -> None:
 
 
 def test_costs_grow_with_the_window_and_follow_the_measurement(model: ModelParams) -> None:
+    stage = UtterancesToEmbeddings(model, EncoderParams())
     costs = [
-        UtterancesToEmbeddings(model, EncoderParams(), clock=Ticks([0.0, took_s])).cost for took_s in (0.010, 0.020)
+        stage.measure_cost(Ticks([0.0, took_s]), is_final=is_final)
+        for took_s, is_final in ((0.010, False), (0.020, True))
     ]
     for cost, took_ms in zip(costs, (10.0, 20.0), strict=True):
         assert cost.estimate_ms(1) == pytest.approx(took_ms + cost.ms_per_window)
     estimates = [costs[0].estimate_ms(seconds * RATE_HZ) for seconds in range(1, 28)]
     assert estimates == sorted(estimates)
     assert costs[0].estimate_ms(0) == costs[0].estimate_ms(10**9) == 0.0
+    both = EncoderCosts(partial=costs[0], final=costs[1])
+    for num_samples in (1, RATE_HZ, 20 * RATE_HZ):
+        for is_final in (False, True):
+            assert both.estimate_ms(num_samples, is_final) == costs[is_final].estimate_ms(num_samples)
+
+
+@needs_int8
+def test_partials_and_finals_are_measured_each_in_its_own_arithmetic(model: ModelParams) -> None:
+    stage = UtterancesToEmbeddings(model.model_copy(update={"partial_dtype": "int8"}), EncoderParams())
+    used: list[str] = []
+    for is_final in (False, True):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            stage.measure_cost(time.perf_counter, is_final=is_final)
+        used += ["int8" if any("_int_mm" in event.key for event in profile.key_averages()) else "float32"]
+    assert used == ["int8", "float32"]
 
 
 def test_a_cost_model_and_parameters_need_no_torch() -> None:
