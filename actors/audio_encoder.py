@@ -35,11 +35,9 @@ _MAX_CALL_S = 120.0
 class EncoderInfo:
     """What an encoder replica is, and what a snapshot costs it (measured at load)."""
 
-    model: str
     device: str
     partial_dtype: str
     final_dtype: str
-    num_threads: int
     num_side_by_side: int  # partials of a call that are encoded at once
     cost: EncoderCosts
 
@@ -143,11 +141,9 @@ def _load(model: ModelParams, params: EncoderParams) -> tuple[UtterancesToEmbedd
     torch.set_num_threads(num_threads)
     final_cost = encoder.measure_cost(time.perf_counter, is_final=True)
     info = EncoderInfo(
-        model=model.name,
         device=encoder.device,
         partial_dtype=encoder.partial_dtype,
         final_dtype=encoder.final_dtype,
-        num_threads=num_threads,
         num_side_by_side=num_threads if encoder.device == "cpu" else 1,
         cost=EncoderCosts(partial=partial_cost, final=final_cost),
     )

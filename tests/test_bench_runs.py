@@ -4,6 +4,7 @@ import asyncio
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -82,6 +83,7 @@ async def test_live_plays_streams_through_the_service_and_loses_nothing(folder: 
     report = await measure_live(options)
     figures = json.loads(json.dumps(report.to_json()))
     assert figures["streams"] == 2
+    assert re.fullmatch(r"partials in \w+, finals in float32|encoder: .*; decoder: .*", figures["arithmetic"])
     assert figures["finals_lost"] == 0
     assert figures["num_finals"] == 2
     assert figures["num_streams_failed"] == 0

@@ -18,6 +18,7 @@ from actors.decoder import Decoder
 from actors.dispatch import DispatchParams
 from actors.local_stages import LocalStages
 from actors.metrics import Metrics
+from actors.stage_driver import stages_info
 from pipeline.audio.encoder_window import EncoderParams
 from pipeline.audio.utterances_to_embeddings import UtterancesToEmbeddings
 from pipeline.decode.embeddings_to_hypotheses import DecodeEngine, DecoderParams
@@ -97,6 +98,21 @@ async def test_snapshots_submitted_together_get_what_each_gets_alone(model: Mode
         assert [dataclasses.replace(outcome, num_passes=0) for outcome in outcomes] == [
             dataclasses.replace(outcome, num_passes=0) for outcome in alone
         ]
+
+
+async def test_stages_tell_what_each_of_them_computes_in(model: ModelParams, metrics: Metrics) -> None:
+    async with open_stages(model, metrics) as stages:
+        assert stages.info.arithmetic == "partials in float32, finals in float32"
+        assert stages.info.model == model.name
+    encoder = await asyncio.to_thread(
+        AudioEncoder, model.model_copy(update={"partial_dtype": "bfloat16"}), EncoderParams()
+    )
+    decoder = await asyncio.to_thread(Decoder, model, DecoderParams())
+    assert stages_info(encoder.info(), decoder.info()).arithmetic == (
+        "encoder: partials in bfloat16, finals in float32; decoder: partials in float32, finals in float32"
+    )
+    await encoder.aclose()
+    await decoder.aclose()
 
 
 async def test_a_snapshot_that_cannot_be_encoded_fails_alone(model: ModelParams, metrics: Metrics) -> None:

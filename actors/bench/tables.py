@@ -63,6 +63,7 @@ def live_table(report: LiveReport) -> RenderableType:
     if not report.is_whole_service:
         everything = f"{figures['num_processes']} processes, without the cluster or store elsewhere"
     lines = [
+        report.arithmetic,
         f"CPU {figures['cpu_s_per_audio_s']:.3f} s per second of audio, {everything}, "
         f"{figures['num_cpus']} cores; memory {figures['memory_mib_at_start']:.0f} MiB at start, "
         f"{figures['memory_mib_peak']:.0f} MiB at most, {figures['memory_mib_per_stream']:.1f} MiB more a stream",
