@@ -19,7 +19,8 @@ _MAX_DIFFERENCES_SHOWN = 6
 
 def accuracy_table(report: AccuracyReport) -> RenderableType:
     """Return a table with a row for each recording, the figures in all, and what the live path did besides words."""
-    table = Table(title=f"Word error rate, {report.model}, language {report.language}", title_justify="left")
+    title = f"Word error rate, {report.model}, {report.arithmetic}, language {report.language}"
+    table = Table(title=title, title_justify="left")
     for name in ("recording", "words", "live", "offline"):
         table.add_column(name, justify="left" if name == "recording" else "right", no_wrap=True)
     table.add_column("live differs from the reference in", overflow="fold")
