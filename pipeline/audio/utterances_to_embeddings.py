@@ -1,7 +1,8 @@
 """From snapshots of utterances to the embeddings that the decoder listens to (Whisper's encoder).
 
-The window of a snapshot is its samples and silence up to a whole second, never a padded 30 s. No window is ever padded
-to the length of another, so nothing needs a mask and a snapshot's embeddings cannot depend on what else is in the call:
+The window of a snapshot is its samples and some seconds of silence (`EncoderParams`), never a padded 30 s. No window is
+ever padded to the length of another, so nothing needs a mask and a snapshot's embeddings cannot depend on what else is
+in the call:
 
 - on a CPU every window runs alone, at the shape it always has: the same bits in a batch and alone. A batch would gain
   nothing there: the products of one 3 s window already fill the core;
