@@ -16,14 +16,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from actors.threads import choose_num_threads
-from pipeline.audio.encoder_window import EncoderCost, EncoderParams
+from pipeline.audio.encoder_window import EncoderCosts, EncoderParams
 from pipeline.errors import StageUnavailable
-from pipeline.items import TRANSCRIBE, Embeddings, Failure, FailureKind, Snapshot, SnapshotKey
+from pipeline.items import Embeddings, Failure, FailureKind, Snapshot
 from pipeline.models.weights import ModelParams
-from pipeline.timebase import SAMPLE_RATE_HZ
 
 if TYPE_CHECKING:
     from pipeline.audio.utterances_to_embeddings import UtterancesToEmbeddings
@@ -38,13 +35,11 @@ _MAX_CALL_S = 120.0
 class EncoderInfo:
     """What an encoder replica is, and what a snapshot costs it (measured at load)."""
 
-    model: str
     device: str
     partial_dtype: str
     final_dtype: str
-    num_threads: int
     num_side_by_side: int  # partials of a call that are encoded at once
-    cost: EncoderCost
+    cost: EncoderCosts
 
 
 class AudioEncoder:
@@ -98,30 +93,37 @@ class AudioEncoder:
     def _encode(self, snapshots: list[Snapshot]) -> list[Embeddings | Failure]:
         self._computing_since = time.monotonic()
         try:
-            if self._info.device != "cpu":
-                return self._encode_isolated(snapshots)
-            # Finals first: they have all threads, and none beside them.
-            finals = iter(self._encode_isolated([snapshot for snapshot in snapshots if snapshot.is_final]))
-            partials = self._workers.map(
-                self._encode_isolated, [[snapshot] for snapshot in snapshots if not snapshot.is_final]
-            )
-            return [next(finals) if snapshot.is_final else next(partials)[0] for snapshot in snapshots]
+            outcomes = self._run(snapshots)
         finally:
             self._computing_since = None
+        for outcome in outcomes:
+            self._num_failures_in_a_row = self._num_failures_in_a_row + 1 if isinstance(outcome, Exception) else 0
+        return [
+            Failure(snapshot.key, None, FailureKind.FAILED, f"the audio encoder failed: {type(outcome).__name__}")
+            if isinstance(outcome, Exception)
+            else outcome
+            for snapshot, outcome in zip(snapshots, outcomes, strict=True)
+        ]
 
-    def _encode_isolated(self, snapshots: list[Snapshot]) -> list[Embeddings | Failure]:
-        """Encode together; when that raises, one by one, so that a bad snapshot fails alone."""
+    def _run(self, snapshots: list[Snapshot]) -> list[Embeddings | Failure | Exception]:
+        if self._info.device != "cpu":
+            return self._encode_isolated(snapshots)
+        # Finals first: they have all threads, and none beside them.
+        finals = iter(self._encode_isolated([snapshot for snapshot in snapshots if snapshot.is_final]))
+        partials = self._workers.map(
+            self._encode_isolated, [[snapshot] for snapshot in snapshots if not snapshot.is_final]
+        )
+        return [next(finals) if snapshot.is_final else next(partials)[0] for snapshot in snapshots]
+
+    def _encode_isolated(self, snapshots: list[Snapshot]) -> list[Embeddings | Failure | Exception]:
+        """Encode together; when that raises, one by one, so that a bad snapshot fails alone. Threads run it at once."""
         try:
-            embeddings = list(self._encoder.encode(snapshots))
+            return list(self._encoder.encode(snapshots))
         except Exception as exc:
             if len(snapshots) > 1:
                 return [result for snapshot in snapshots for result in self._encode_isolated([snapshot])]
             logger.exception("a snapshot could not be encoded")
-            self._num_failures_in_a_row += 1
-            message = f"the audio encoder failed: {type(exc).__name__}"
-            return [Failure(snapshot.key, None, FailureKind.FAILED, message) for snapshot in snapshots]
-        self._num_failures_in_a_row = 0
-        return embeddings
+            return [exc]
 
 
 def _load(model: ModelParams, params: EncoderParams) -> tuple[UtterancesToEmbeddings, EncoderInfo]:
@@ -131,19 +133,19 @@ def _load(model: ModelParams, params: EncoderParams) -> tuple[UtterancesToEmbedd
     from pipeline.audio.utterances_to_embeddings import UtterancesToEmbeddings  # noqa: PLC0415
 
     num_threads = choose_num_threads(model.encoder_threads, "encoder")
-    # Measured as partials run: with one thread each.
+    # Each kind is measured as it runs: partials with one thread each, finals with all. The first calls, which allocate
+    # and choose kernels, are made by it too.
     torch.set_num_threads(1)
     encoder = UtterancesToEmbeddings(model, params, clock=time.perf_counter)
+    partial_cost = encoder.measure_cost(time.perf_counter, is_final=False)
     torch.set_num_threads(num_threads)
-    _warm_up(encoder)
+    final_cost = encoder.measure_cost(time.perf_counter, is_final=True)
     info = EncoderInfo(
-        model=model.name,
         device=encoder.device,
         partial_dtype=encoder.partial_dtype,
         final_dtype=encoder.final_dtype,
-        num_threads=num_threads,
         num_side_by_side=num_threads if encoder.device == "cpu" else 1,
-        cost=encoder.cost,
+        cost=EncoderCosts(partial=partial_cost, final=final_cost),
     )
     return encoder, info
 
@@ -152,19 +154,3 @@ def _use_one_thread() -> None:
     import torch  # noqa: PLC0415 - see the module's docstring
 
     torch.set_num_threads(1)
-
-
-def _warm_up(encoder: UtterancesToEmbeddings) -> None:
-    """Run one second of silence through `encoder`: the first call allocates and chooses kernels."""
-    snapshot = Snapshot(
-        key=SnapshotKey("warm-up", 1, 1),
-        channel=0,
-        is_final=False,
-        start_sample=0,
-        samples=np.zeros(SAMPLE_RATE_HZ, np.int16),
-        language=None,
-        languages=(),
-        draft=(),
-        tasks=(TRANSCRIBE,),
-    )
-    encoder.encode([snapshot])

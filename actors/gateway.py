@@ -23,7 +23,7 @@ from actors.stages import Stages, StagesInfo
 from actors.store import Store
 from ingest.container import ContainerSource, Pace
 from ingest.processes import DecoderProcesses
-from ingest.source import ChannelMode, Source
+from ingest.source import ChannelMode
 from pipeline.errors import CapacityExceeded, ServiceError, StreamNotFound, SurtitleError
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ class GatewayInfo:
 @dataclass(slots=True)
 class _Running:
     session: Session
+    source: ContainerSource
     started_at: str
     task: asyncio.Task[None] | None = None
 
@@ -135,16 +136,17 @@ class Gateway:
             raise ServiceError("the gateway is stopping" if self._is_draining else "the gateway has not started yet")
         stream_id = spec.stream_id or make_stream_id(spec.source)
         self._admit(stream_id)
+        source = self._source_of(spec)
         session = Session(
             stream_id,
             spec.stream_params(self._settings.stream_params()),
-            self._source_of(spec),
+            source,
             self._stages,
             self._publisher,
             scheduling=Scheduling(spec.scheduling),
             observer=self._metrics,
         )
-        running = self._running[stream_id] = _Running(session, _now())
+        running = self._running[stream_id] = _Running(session, source, _now())
         self._metrics.streams_live.set(len(self._running))
         try:
             await session.open()
@@ -258,7 +260,7 @@ class Gateway:
 
     # -- sessions ---------------------------------------------------------------------------------
 
-    def _source_of(self, spec: StreamSpec) -> Source:
+    def _source_of(self, spec: StreamSpec) -> ContainerSource:
         audio = self._settings.audio
         if spec.channels is not None:
             audio = audio.model_copy(update={"channels": ChannelMode(spec.channels)})
@@ -290,6 +292,7 @@ class Gateway:
             logger.exception("stream %s failed", stream_id)
         finally:
             self._forget(stream_id)
+            self._metrics.nonfinite_samples.inc(running.source.num_nonfinite or 0)
             status = _status_of(stream_id, running)
             is_failed = session.failure is not None or session.state is not SessionState.ENDED
             if is_failed:

@@ -20,6 +20,9 @@ class Metrics:
         self.streams_started = self._counter("surtitle_streams_started", "Streams that were admitted")
         self.streams_refused = self._counter("surtitle_streams_refused", "Streams that admission refused")
         self.streams_failed = self._counter("surtitle_streams_failed", "Streams that ended with a failure")
+        self.nonfinite_samples = self._counter(
+            "surtitle_nonfinite_samples", "NaN and infinite samples, taken as zero, of media heard to their end"
+        )
         self.records = Counter(
             "surtitle_records", "Records handed to the publisher, by kind", ["kind"], registry=self.registry
         )

@@ -178,7 +178,9 @@ async def run_service(settings: Settings, progress: Progress | None = None) -> N
         gateway = await _unless(stop, entering)
         if gateway is None:
             return
-        report(f"ready at {(await gateway.info()).http_url}")
+        info = await gateway.info()
+        report(f"{info.stages.model} computes {info.stages.arithmetic}")
+        report(f"ready at {info.http_url}")
         await stop.wait()
         report("ending the streams")
         await gateway.drain()

@@ -22,7 +22,7 @@ StreamState = Literal["opening", "live", "closing", "ended", "failed"]
 class StreamSpec(Params):
     """A stream to start. What is not given is as in the configuration."""
 
-    source: str = Field(min_length=1, max_length=4_096, repr=False, description="path or URL of the media")
+    source: str = Field(min_length=1, max_length=4_096, repr=False, description="path of the media file")
     stream_id: str | None = Field(
         default=None, pattern=r"^[A-Za-z0-9._-]{1,64}$", description="id of the stream; none: made from name and time"
     )

@@ -344,13 +344,17 @@ class StageDriver:
 
 
 def stages_info(encoder: EncoderInfo, decoder: DecoderInfo) -> StagesInfo:
-    """Return what the two stages are together."""
+    """Return what the two stages are together.
+
+    Each measures for itself which arithmetic partials get, so they may differ.
+    """
+    encoder_dtypes = f"partials in {encoder.partial_dtype}, finals in {encoder.final_dtype}"
+    decoder_dtypes = f"partials in {decoder.partial_dtype}, finals in {decoder.final_dtype}"
+    is_same = encoder_dtypes == decoder_dtypes
     return StagesInfo(
         tier=decoder.tier,
         model=decoder.model,
-        device=encoder.device,
-        partial_dtype=encoder.partial_dtype,
-        final_dtype=encoder.final_dtype,
+        arithmetic=encoder_dtypes if is_same else f"encoder: {encoder_dtypes}; decoder: {decoder_dtypes}",
         languages=decoder.languages,
         translates_to=decoder.translates_to,
     )

@@ -18,9 +18,7 @@ class StagesInfo:
 
     tier: str
     model: str
-    device: str
-    partial_dtype: str
-    final_dtype: str
+    arithmetic: str  # a phrase: what partials and finals are computed in
     languages: tuple[str, ...]
     translates_to: tuple[str, ...]
 

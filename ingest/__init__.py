@@ -1,1 +1,1 @@
-"""Sources of media: decoding processes, normalisation to 16 kHz PCM, bounded mailboxes."""
+"""Sources of media: decoding processes, normalisation to 16 kHz PCM."""

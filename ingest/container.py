@@ -19,9 +19,10 @@ from ingest.processes import DecoderProcess, DecoderProcesses
 from ingest.source import AudioBlock, AudioParams, SourceGap, SourceInfo, SourceItem
 from ingest.wire import Ended, Failed, FailureKind, Message, Opened, WireError, WireParser
 from pipeline.errors import MediaError, SourceNotFound
-from pipeline.timebase import SAMPLE_RATE_HZ
+from pipeline.timebase import SAMPLE_RATE_HZ, ms_to_samples
 
 OPEN_TIMEOUT_S = 30.0
+MESSAGE_TIMEOUT_S = 30.0
 _READ_BYTES = 1 << 16
 
 
@@ -43,6 +44,9 @@ class ContainerSource:
         params: how to normalise, and what to refuse.
         pace: see `Pace`.
         processes: where the process that decodes comes from; None: from a zygote of its own, which takes longer.
+        message_timeout_s: how long that process may be waited for once the media is open. It runs ahead until the
+            socket is full, so neither real time nor a gap nor a slow consumer keeps anybody waiting for it; what does
+            is a demuxer that spins, or a disk that gives nothing.
     """
 
     def __init__(
@@ -51,11 +55,14 @@ class ContainerSource:
         params: AudioParams | None = None,
         pace: Pace = Pace.REALTIME,
         processes: DecoderProcesses | None = None,
+        *,
+        message_timeout_s: float = MESSAGE_TIMEOUT_S,
     ) -> None:
         self._location = str(location)
         self._params = params or AudioParams()
         self._pace = pace
         self._processes = processes
+        self._message_timeout_s = message_timeout_s
         self._process: DecoderProcess | None = None
         self._exits = AsyncExitStack()
         self._is_opened = False
@@ -123,12 +130,19 @@ class ContainerSource:
 
         Raises:
             StopAsyncIteration: the media has ended.
-            MediaError: it turned out to be unusable, or the decoder process died.
+            MediaError: it turned out to be unusable, or the decoder process died or does not go on.
         """
         if self._has_ended:
             raise StopAsyncIteration
         try:
-            item = await self._next_message()
+            async with asyncio.timeout(self._message_timeout_s):
+                item = await self._next_message()
+        except TimeoutError as error:
+            self._has_ended = True
+            raise MediaError(
+                f"the decoder process has given nothing for {self._message_timeout_s:.0f} s: the file is damaged, or "
+                "read too slowly"
+            ) from error
         except MediaError:
             self._has_ended = True
             raise
@@ -169,7 +183,8 @@ class ContainerSource:
         """Return the next message.
 
         Raises:
-            MediaError: if it is a failure or no message at all, or the process ended without saying so.
+            MediaError: if it is a failure, a gap over the limit or no message at all, or the process ended without
+                saying so.
         """
         process = self._process
         if process is None:
@@ -187,7 +202,17 @@ class ContainerSource:
         message = self._messages.popleft()
         if isinstance(message, Failed):
             raise (SourceNotFound if message.kind is FailureKind.NOT_FOUND else MediaError)(message.message)
+        if isinstance(message, SourceGap):
+            self._check_gap(message.num_samples)
         return message
+
+    def _check_gap(self, num_samples: int) -> None:
+        """Hold the process to the limit that it was told: every second of a gap becomes chunks here."""
+        if num_samples > ms_to_samples(self._params.max_gap_ms):
+            raise MediaError(
+                f"the decoder process sent nonsense: a gap of {num_samples / SAMPLE_RATE_HZ:.0f} s, over the limit of "
+                f"{self._params.max_gap_ms / 1_000:.0f} s"
+            )
 
     async def _wait_until_due(self, num_samples: int) -> None:
         """Count `num_samples` in and, in real time, wait until the last of them would have been heard."""

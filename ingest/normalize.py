@@ -59,7 +59,7 @@ class Normalizer:
         """How many samples were NaN or infinite, over all channels."""
         return self._num_nonfinite
 
-    def push(self, frame: av.AudioFrame) -> NDArray[np.int16]:
+    def push(self, sound: av.AudioFrame) -> NDArray[np.int16]:
         """Take decoded sound and return what is ready: int16[channels or 1, n], contiguous; n may be 0.
 
         A change of rate, layout or format inside the stream is followed, a change of the number of channels only when
@@ -68,8 +68,8 @@ class Normalizer:
         Raises:
             MediaError: if rate or channels cannot be used, or too many samples are NaN or infinite.
         """
-        num_channels = frame.layout.nb_channels
-        check_form(frame.sample_rate, num_channels)
+        num_channels = sound.layout.nb_channels
+        check_form(sound.sample_rate, num_channels)
         num_out = 1 if self._params.channels is ChannelMode.MIX else num_channels
         if self._num_channels is None:
             self._num_channels = num_out
@@ -78,13 +78,13 @@ class Normalizer:
                 f"the number of channels changed from {self._num_channels} to {num_out}; "
                 "use channels=mix for sources that do this"
             )
-        clean = self._without_nonfinite(frame)
-        form = (frame.sample_rate, frame.layout.name, clean.format.name)
+        clean = self._without_nonfinite(sound)
+        form = (sound.sample_rate, sound.layout.name, clean.format.name)
         ready: list[av.AudioFrame] = []
         if self._resampler is None or form != self._form:
             ready = self._drain()
             self._form = form
-            layout = "mono" if self._params.channels is ChannelMode.MIX else frame.layout.name
+            layout = "mono" if self._params.channels is ChannelMode.MIX else sound.layout.name
             self._resampler = AudioResampler(format="s16", layout=layout, rate=SAMPLE_RATE_HZ)
         ready += self._resampler.resample(clean)
         return self._joined(ready)
@@ -104,43 +104,43 @@ class Normalizer:
         resampler, self._resampler = self._resampler, None
         return [] if resampler is None else resampler.resample(None)
 
-    def _joined(self, frames: list[av.AudioFrame]) -> NDArray[np.int16]:
+    def _joined(self, pieces: list[av.AudioFrame]) -> NDArray[np.int16]:
         num_channels = self._num_channels or 1
-        parts = [frame.to_ndarray().reshape(-1, num_channels).T for frame in frames]
+        parts = [piece.to_ndarray().reshape(-1, num_channels).T for piece in pieces]
         joined = np.concatenate([np.zeros((num_channels, 0), np.int16), *parts], axis=1)
         if joined.dtype != np.int16:
             raise RuntimeError(f"the resampler gave {joined.dtype}, expected int16")
         return np.ascontiguousarray(joined)
 
-    def _without_nonfinite(self, frame: av.AudioFrame) -> av.AudioFrame:
+    def _without_nonfinite(self, sound: av.AudioFrame) -> av.AudioFrame:
         """Return the sound without NaN and infinities, and without the timestamps that the resampler would act on."""
-        self._num_values += frame.samples * frame.layout.nb_channels
-        if frame.format.name not in {"flt", "fltp", "dbl", "dblp"}:
-            frame.pts = None
-            return frame
-        packed = self._packed(frame)
+        self._num_values += sound.samples * sound.layout.nb_channels
+        if sound.format.name not in {"flt", "fltp", "dbl", "dblp"}:
+            sound.pts = None
+            return sound
+        packed = self._packed(sound)
         values = packed.to_ndarray()
         is_finite = np.isfinite(values)
         self._num_nonfinite += int(values.size - np.count_nonzero(is_finite))
-        if self._num_values >= _NAN_GRACE_S * frame.sample_rate * frame.layout.nb_channels:
+        if self._num_values >= _NAN_GRACE_S * sound.sample_rate * sound.layout.nb_channels:
             self._judge_nonfinite()
         level = np.where(is_finite, values, 0).clip(-_MAX_FLOAT_LEVEL, _MAX_FLOAT_LEVEL).astype(np.float32)
-        clean = av.AudioFrame.from_ndarray(level, format="flt", layout=frame.layout)
-        clean.sample_rate = frame.sample_rate
+        clean = av.AudioFrame.from_ndarray(level, format="flt", layout=sound.layout)
+        clean.sample_rate = sound.sample_rate
         return clean
 
-    def _packed(self, frame: av.AudioFrame) -> av.AudioFrame:
+    def _packed(self, sound: av.AudioFrame) -> av.AudioFrame:
         """Return float sound with its channels interleaved; values, NaN among them, stay what they are.
 
-        PyAV 18.1 reads past the planes of a frame that has 8 of them, so planes are never touched here.
+        PyAV 18.1 reads past the planes of sound that has 8 of them, so planes are never touched here.
         """
-        form = (frame.sample_rate, frame.layout.name, frame.format.name)
+        form = (sound.sample_rate, sound.layout.name, sound.format.name)
         if self._packer is None or form != self._packer_form:
-            # made once for each form: FFmpeg sets up a graph of filters for it, which costs more than a frame's sound
-            self._packer = AudioResampler(format=frame.format.packed, layout=frame.layout, rate=frame.sample_rate)
+            # made once for each form: FFmpeg sets up a graph of filters for it, which costs more than 20 ms of sound
+            self._packer = AudioResampler(format=sound.format.packed, layout=sound.layout, rate=sound.sample_rate)
             self._packer_form = form
-        frame.pts = None  # the graph would act on a jump
-        (packed,) = self._packer.resample(frame)
+        sound.pts = None  # the graph would act on a jump
+        (packed,) = self._packer.resample(sound)
         return packed
 
     def _judge_nonfinite(self) -> None:

@@ -110,11 +110,6 @@ class WireParser:
     def __init__(self) -> None:
         self._pending = bytearray()
 
-    @property
-    def is_between_messages(self) -> bool:
-        """Whether all bytes so far belonged to complete messages."""
-        return not self._pending
-
     def feed(self, data: bytes) -> list[Message]:
         """Return the messages that `data` completes.
 

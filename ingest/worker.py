@@ -121,16 +121,16 @@ def decode(container: InputContainer, track: AudioStream) -> Iterator[av.AudioFr
     num_bad, last_error, has_sound = 0, "", False
     for packet in _packets(container, track):
         try:
-            frames = track.codec_context.decode(packet)
+            decoded = track.codec_context.decode(packet)
         except (av.FFmpegError, ValueError) as error:
             num_bad, last_error = num_bad + 1, _reason(error)
             if num_bad >= _MAX_BAD_PACKETS:
                 raise MediaError(f"{num_bad} packets in a row cannot be decoded: {last_error}") from error
             continue
-        for frame in frames:
-            if frame.samples:
+        for sound in decoded:
+            if sound.samples:
                 num_bad, has_sound = 0, True
-                yield frame
+                yield sound
     if num_bad and not has_sound:
         raise MediaError(f"the audio track cannot be decoded: {last_error}")
 
@@ -157,24 +157,24 @@ class Timeline:
         self._num_samples = 0  # heard since then, at this rate
         self._rate_hz = 0
 
-    def gap_before(self, frame: av.AudioFrame) -> int:
-        """Return how many samples at 16 kHz are missing in front of `frame`, or 0, and count the frame in.
+    def gap_before(self, sound: av.AudioFrame) -> int:
+        """Return how many samples at 16 kHz are missing in front of `sound`, or 0, and count it in.
 
         Raises:
             MediaError: if the jump is over `max_gap_ms`.
         """
-        if self._is_on_time(frame):
-            self._num_samples += frame.samples
+        if self._is_on_time(sound):
+            self._num_samples += sound.samples
             return 0
         expected_s = self._expected_s()
-        if frame.pts is None or frame.time_base is None:
+        if sound.pts is None or sound.time_base is None:
             begins_s = expected_s or Fraction(0)
         else:
-            begins_s = frame.pts * frame.time_base
+            begins_s = sound.pts * sound.time_base
         jump_s = begins_s - (begins_s if expected_s is None else expected_s)
         if expected_s is not None and abs(jump_s) <= self._threshold_s:
             begins_s = expected_s
-        self._began_s, self._num_samples, self._rate_hz = begins_s, frame.samples, frame.sample_rate
+        self._began_s, self._num_samples, self._rate_hz = begins_s, sound.samples, sound.sample_rate
         if jump_s <= self._threshold_s:
             return 0
         if jump_s > Fraction(self._params.max_gap_ms, 1_000):
@@ -184,14 +184,14 @@ class Timeline:
             )
         return round(jump_s * SAMPLE_RATE_HZ)
 
-    def _is_on_time(self, frame: av.AudioFrame) -> bool:
-        """Whether there is clearly no jump. Fractions are exact and slow, and nearly every frame is on time."""
-        if self._began_s is None or frame.sample_rate != self._rate_hz:
+    def _is_on_time(self, sound: av.AudioFrame) -> bool:
+        """Whether there is clearly no jump. Fractions are exact and slow, and nearly all sound is on time."""
+        if self._began_s is None or sound.sample_rate != self._rate_hz:
             return False
-        if frame.time is None:
+        if sound.time is None:
             return True
         expected_s = float(self._began_s) + self._num_samples / self._rate_hz
-        return abs(frame.time - expected_s) < self._clearly_no_jump_s
+        return abs(sound.time - expected_s) < self._clearly_no_jump_s
 
     def _expected_s(self) -> Fraction | None:
         return None if self._began_s is None else self._began_s + Fraction(self._num_samples, self._rate_hz)
@@ -251,17 +251,17 @@ def messages(location: str, params: AudioParams, parent_pid: int) -> Iterator[Me
 
 
 def _sound(
-    frames: Iterator[av.AudioFrame], normalizer: Normalizer, timeline: Timeline, blocks: Blocks
+    decoded: Iterator[av.AudioFrame], normalizer: Normalizer, timeline: Timeline, blocks: Blocks
 ) -> Iterator[AudioBlock | SourceGap]:
-    for frame in frames:
-        check_form(frame.sample_rate, frame.layout.nb_channels)
-        gap_samples = timeline.gap_before(frame)
+    for sound in decoded:
+        check_form(sound.sample_rate, sound.layout.nb_channels)
+        gap_samples = timeline.gap_before(sound)
         if gap_samples:
             yield from blocks.push(normalizer.flush())
             yield from blocks.flush()
             yield SourceGap(gap_samples, "timestamps of the source jump")
             blocks.skip(gap_samples)
-        yield from blocks.push(normalizer.push(frame))
+        yield from blocks.push(normalizer.push(sound))
     yield from blocks.push(normalizer.flush())
 
 

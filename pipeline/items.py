@@ -69,7 +69,7 @@ class CloseReason(StrEnum):
 
     PAUSE = "pause"  # the hangover passed without speech
     LONG = "long"  # over the soft limit, closed at a short pause
-    LIMIT = "limit"  # at the hard limit, cut at the quietest point
+    LIMIT = "limit"  # at the hard limit, cut in the longest pause of its end, or where it is quietest
     END = "end"  # the stream ended or was flushed
 
 
@@ -106,12 +106,13 @@ class SnapshotKey:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """An utterance as heard so far, self-contained: any replica can serve it.
+    """An utterance at one moment, self-contained: any replica can serve it.
 
-    `samples` is int16[n] from `start_sample` on. `language` None means: detect it, among `languages` if that is not
-    empty. `prefix` holds text tokens that are known to stand at the beginning of these samples: the hypothesis goes on
-    from them. `draft` holds the tokens of the last transcription behind the prefix, to be verified; it changes speed,
-    never text. `wants_words`: word times are wanted of a partial too.
+    `samples` is int16[n] from `start_sample` on: of a final the whole utterance (or a stretch of it that is looked at
+    again), of a partial a window of what was heard so far. `language` None means: detect it, among `languages` if that
+    is not empty. `prefix` holds text tokens that are known to stand at the beginning of these samples: the hypothesis
+    goes on from them. `draft` holds the tokens of the last transcription behind the prefix, to be verified; it changes
+    speed, never text. `wants_words`: word times are wanted of a partial too.
     """
 
     key: SnapshotKey

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 import numpy as np
+import pytest
+import torch
 from numpy.typing import NDArray
 
 from pipeline.audio.encoder_window import EncoderParams
@@ -15,8 +17,14 @@ from pipeline.decode.embeddings_to_hypotheses import DecodeEngine, DecoderParams
 from pipeline.decode.guards import GuardParams
 from pipeline.decode.scheduler import SchedulerParams
 from pipeline.items import TRANSCRIBE, DecodeRequest, Embeddings, Hypothesis, Outcome, Snapshot, SnapshotKey, Task
+from pipeline.models.device import has_int8_units
 from pipeline.models.weights import ModelParams
 from pipeline.models.whisper.runner import load_parts
+
+needs_int8 = pytest.mark.skipif(
+    not has_int8_units(torch.device("cpu")),
+    reason="this processor has no instructions for 8-bit integers (VNNI, AMX, i8mm), so int8 is refused",
+)
 
 NO_GUARDS = GuardParams(
     min_loop_repeats=64,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import io
 import json
+import os
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -20,6 +21,7 @@ from typer.testing import CliRunner
 
 from actors.bench import decode_requests
 from actors.bench import decoder as bench
+from actors.bench.decode_report import DecoderReport
 from actors.bench.decode_requests import CADENCE_SAMPLES, Cut, choose_cuts, find_spoken_utterances, load_recordings
 from actors.bench.decoder import DecoderOptions, run_decoder
 from actors.bench.generate import GenerateWhisper
@@ -31,11 +33,12 @@ from pipeline.decode.embeddings_to_hypotheses import DecoderParams, DecoderParts
 from pipeline.decode.runner import Row, RowResult
 from pipeline.decode.scheduler import SchedulerParams
 from pipeline.errors import MediaError, ModelError
+from pipeline.models.device import Clock
 from pipeline.models.weights import ModelParams
 from pipeline.models.whisper.runner import WhisperRunner, load_parts
 from pipeline.timebase import CHUNK_SAMPLES, SAMPLE_RATE_HZ
 from tests.media import SCRIPT, read_pcm
-from tests.models import NO_GUARDS
+from tests.models import NO_GUARDS, needs_int8
 from tests.tiny_whisper import save_tiny
 
 EOT = 50_257
@@ -58,7 +61,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> ModelParams:
     tensors = load_file(folder / "model.safetensors")
     tensors["model.decoder.embed_tokens.weight"][EOT] *= 2.5
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    return ModelParams(name=str(folder), device="cpu", decoder_threads=1)
+    return ModelParams(name=str(folder), device="cpu", partial_dtype="float32", decoder_threads=1)
 
 
 @pytest.fixture(scope="module")
@@ -187,8 +190,8 @@ class LeakyRunner(WhisperRunner):
         return results
 
 
-def leaky_parts(model: ModelParams, num_slots: int) -> DecoderParts:
-    parts = load_parts(model, num_slots)
+def leaky_parts(model: ModelParams, num_slots: int, clock: Clock) -> DecoderParts:
+    parts = load_parts(model, num_slots, clock)
     assert isinstance(parts.runner, WhisperRunner)
     parts.runner.__class__ = LeakyRunner
     return parts
@@ -222,17 +225,34 @@ def test_tokens_that_differ_are_a_failure_that_names_the_request(
     assert "utterance 1 of short.wav" in result.stderr
 
 
+def run_two(settings: Settings, media: Path, **changes: object) -> DecoderReport:
+    settings = settings.model_copy(update={"model": settings.model.model_copy(update=changes)})
+    return run_decoder(DecoderOptions(media, num_requests=2, num_repeats=1, settings=settings))
+
+
 def test_texts_that_are_others_in_reduced_precision_are_a_figure_and_no_failure(
-    settings: Settings, short: Path, monkeypatch: pytest.MonkeyPatch
+    settings: Settings, short: Path
 ) -> None:
-    monkeypatch.setattr(bench.DecodeEngine, "partial_dtype", "bfloat16")
-    options = DecoderOptions(short, num_requests=2, num_repeats=1, settings=settings)
-    report = run_decoder(options)
-    reduced = report.to_json()["reduced_precision"]
+    report = run_two(settings, short, partial_dtype="bfloat16")
+    figures = report.to_json()
+    assert (figures["tokens_equal"], figures["dtype"]) == (True, "float32")
+    reduced = figures["reduced_precision"]
     assert reduced["dtype"] == "bfloat16"
     assert reduced["tokens_per_s"] > 0
-    assert reduced["different_share"] == 0.0, "the engine as it is decodes partials like finals"
-    assert "in bfloat16 0 of 2 texts are others" in shown(report)
+    num_others = round(2 * reduced["different_share"])
+    assert f"in bfloat16 {num_others} of 2 texts are others" in shown(report)
+
+
+@needs_int8
+def test_by_itself_the_reduced_precision_is_what_a_service_would_choose(settings: Settings, short: Path) -> None:
+    figures = run_two(settings, short, partial_dtype="auto").to_json()
+    assert figures["reduced_precision"]["dtype"] in {"int8", "bfloat16"}
+    assert (figures["tokens_equal"], figures["dtype"]) == (True, "float32")
+
+
+def test_by_itself_the_decoder_has_all_cores(settings: Settings, short: Path) -> None:
+    report = run_two(settings, short, decoder_threads=0)
+    assert report.num_threads == torch.get_num_threads() == len(os.sched_getaffinity(0))
 
 
 def test_a_missing_transformers_is_told_with_the_command_that_brings_it(

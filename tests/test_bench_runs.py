@@ -4,6 +4,7 @@ import asyncio
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,7 +16,14 @@ import pytest
 import torch
 from rich.console import Console
 
-from actors.bench.accuracy import AccuracyOptions, AccuracyReport, FileResult, LiveCounts, run_accuracy
+from actors.bench.accuracy import (
+    AccuracyOptions,
+    AccuracyReport,
+    FileResult,
+    LiveCounts,
+    load_models,
+    run_accuracy,
+)
 from actors.bench.live import LiveOptions, find_utterances, measure_live
 from actors.bench.media import Clip, JoinParams, read_samples, write_wav
 from actors.bench.offline import OfflineWhisper
@@ -26,6 +34,8 @@ from pipeline.audio.chunks_to_utterances import VadParams
 from pipeline.errors import MediaError
 from pipeline.models.weights import ModelParams
 from pipeline.timebase import SAMPLE_RATE_HZ, ms_to_samples
+from tests.models import needs_int8
+from tests.tiny_whisper import save_tiny
 
 SENTENCE = "Good morning, and welcome to the factory."
 
@@ -69,6 +79,7 @@ def test_accuracy_compares_live_and_offline_over_files_and_joined_streams(folder
     assert [row["file"] for row in figures["files"]] == ["sentence.wav"]
     assert figures["live_wer"] <= 0.15
     assert figures["offline_wer"] <= 0.15
+    assert re.fullmatch(r"partials in (float32|bfloat16|int8), finals in float32", figures["arithmetic"])
     assert figures["joined"][0]["num_words"] >= figures["num_words"]
     assert figures["live"]["num_finals"] >= 2
     assert figures["live"]["num_errors"] == 0
@@ -77,11 +88,21 @@ def test_accuracy_compares_live_and_offline_over_files_and_joined_streams(folder
     assert "sentence.wav" in shown(report)
 
 
+@needs_int8
+def test_accuracy_is_that_of_the_arithmetic_that_a_service_chooses(tmp_path: Path) -> None:
+    model = ModelParams(name=str(save_tiny(tmp_path)), device="cpu")
+    models = load_models(Settings(model=model))
+    assert models.encoder.partial_dtype == models.engine.partial_dtype
+    assert models.engine.partial_dtype in {"int8", "bfloat16"}
+    assert models.encoder.final_dtype == models.engine.final_dtype == "float32"
+
+
 async def test_live_plays_streams_through_the_service_and_loses_nothing(folder: Path) -> None:
     options = LiveOptions(folder / "sentence.wav", num_streams=2, settings=Settings(runtime="local"))
     report = await measure_live(options)
     figures = json.loads(json.dumps(report.to_json()))
     assert figures["streams"] == 2
+    assert re.fullmatch(r"partials in \w+, finals in float32|encoder: .*; decoder: .*", figures["arithmetic"])
     assert figures["finals_lost"] == 0
     assert figures["num_finals"] == 2
     assert figures["num_streams_failed"] == 0
@@ -100,6 +121,7 @@ def test_figures_in_all_are_over_english_recordings_only() -> None:
     ten = WordErrors(num_reference_words=10)
     report = AccuracyReport(
         model="m",
+        arithmetic="partials in int8, finals in float32",
         language="auto",
         files=(
             row("a", "en", WordErrors(1, 0, 0, 10), ten),

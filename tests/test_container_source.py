@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import select
 import signal
@@ -18,6 +19,7 @@ import pytest
 from numpy.typing import NDArray
 
 from ingest.container import ContainerSource, Pace
+from ingest.processes import DecoderProcess, DecoderProcesses
 from ingest.source import AudioBlock, AudioParams, ChannelMode, SourceGap, SourceItem
 from pipeline.errors import MediaError, SourceNotFound
 from pipeline.timebase import CHUNK_SAMPLES, SAMPLE_RATE_HZ
@@ -220,6 +222,30 @@ async def test_a_jump_without_end_is_refused(tmp_path: Path) -> None:
         await play(path)
 
 
+class Unruly(DecoderProcesses):
+    """Processes that keep to no limit of gaps but the largest there is."""
+
+    async def open(self, request: bytes) -> DecoderProcess:
+        asked = json.loads(request)
+        asked["params"]["max_gap_ms"] = 86_400_000
+        return await super().open(json.dumps(asked).encode())
+
+
+async def test_a_gap_that_the_process_should_have_refused_ends_the_stream(tmp_path: Path) -> None:
+    path = encoded(tmp_path / "leap.mka", "pcm_s16le", [(0, tone(0.5)), (3.5, tone(0.5)), (8, tone(0.5))])
+    async with (
+        Unruly() as processes,
+        ContainerSource(path, AudioParams(max_gap_ms=3_000), Pace.FAST, processes) as source,
+    ):
+        items = []
+        with pytest.raises(MediaError, match=r"nonsense: a gap of 4 s, over the limit of 3 s"):
+            async for item in source:
+                items.append(item)
+        with pytest.raises(StopAsyncIteration):
+            await anext(source)
+    assert [item.num_samples for item in items if isinstance(item, SourceGap)] == [48_000]
+
+
 async def test_damage_in_the_middle_loses_only_what_was_damaged(tmp_path: Path) -> None:
     noise = np.random.default_rng(1).integers(-3_000, 3_000, 4 * 48_000, np.int16)
     path = encoded(tmp_path / "hurt.flac", "flac", [(0, noise)])
@@ -268,6 +294,29 @@ async def test_the_death_of_the_decoder_ends_the_stream_with_an_error(speech: Pa
                 assert isinstance(source_item, AudioBlock)
         with pytest.raises(StopAsyncIteration):
             await anext(source)
+
+
+async def test_a_decoder_that_does_not_go_on_ends_the_stream_with_an_error(speech: Path) -> None:
+    async with ContainerSource(speech, pace=Pace.FAST, message_timeout_s=0.2) as source:
+        assert source.worker_pid is not None
+        os.kill(source.worker_pid, signal.SIGSTOP)
+        with pytest.raises(MediaError, match="has given nothing for"):
+            async for item in source:  # what it has written before counts
+                assert isinstance(item, AudioBlock)
+        with pytest.raises(StopAsyncIteration):
+            await anext(source)
+    assert source.worker_pid is None
+
+
+async def test_waiting_until_sound_is_due_is_not_waiting_for_the_decoder(tmp_path: Path) -> None:
+    path = encoded(tmp_path / "short.mka", "pcm_s16le", [(0, tone(0.5)), (1.5, tone(0.5))])
+    async with ContainerSource(path, pace=Pace.REALTIME, message_timeout_s=0.5) as source:
+        heard_s = [
+            (item.samples.shape[1] if isinstance(item, AudioBlock) else item.num_samples) / SAMPLE_RATE_HZ
+            async for item in source
+        ]
+    assert max(heard_s) > 0.5
+    assert sum(heard_s) == pytest.approx(2.0, abs=0.01)
 
 
 async def test_leaving_early_ends_the_decoder(speech: Path) -> None:

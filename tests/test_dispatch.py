@@ -215,17 +215,26 @@ def test_the_same_snapshot_twice_is_refused() -> None:
 
 @given(ratio=st.floats(0.3, 3.5), num_seconds=st.integers(1, 30))
 @settings(max_examples=30)
-def test_the_cost_model_follows_what_is_measured(ratio: float, num_seconds: int) -> None:
-    cost = CostModel(lambda num_samples: num_samples / 160)
-    call = snapshot(1, num_samples=num_seconds * 16_000)
-    measured_ms = ratio * num_seconds * 100
+def test_the_cost_model_follows_what_is_measured_of_each_kind(ratio: float, num_seconds: int) -> None:
+    cost = CostModel(lambda num_samples, is_final: num_samples / (80 if is_final else 160))
+    partial, final = (snapshot(1, num_samples=num_seconds * 16_000, is_final=is_final) for is_final in (False, True))
+    partial_ms = num_seconds * 100
+    assert [cost.predict_ms([partial]), cost.predict_ms([final])] == [partial_ms, 2 * partial_ms]
     for _ in range(200):
-        cost.observe([call], measured_ms)
-    assert cost.predict_ms([call]) == pytest.approx(measured_ms, rel=0.05)
+        cost.observe([final], ratio * 2 * partial_ms)
+    assert cost.predict_ms([final]) == pytest.approx(ratio * 2 * partial_ms, rel=0.05)
+    assert cost.predict_ms([partial]) == partial_ms
+    for _ in range(200):
+        cost.observe([partial], partial_ms / ratio)
+    assert cost.predict_ms([partial]) == pytest.approx(partial_ms / ratio, rel=0.05)
+    together_ms = cost.predict_ms([partial, final])
+    for _ in range(200):
+        cost.observe([partial, final], 1.5 * together_ms)
+    assert cost.predict_ms([partial, final]) == pytest.approx(1.5 * together_ms, rel=0.05)
 
 
 def test_partials_of_a_call_run_side_by_side_and_finals_one_behind_the_other() -> None:
-    cost = CostModel(lambda num_samples: num_samples / 160, num_side_by_side=2)
+    cost = CostModel(lambda num_samples, _: num_samples / 160, num_side_by_side=2)
     final, partials = snapshot(1, is_final=True, num_samples=32_000), [snapshot(n) for n in (2, 3, 4)]
     assert cost.predict_ms([]) == 0
     assert cost.predict_ms(partials[:1]) == cost.predict_ms(partials[:2]) == 100

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from actors.follow import follow
@@ -22,6 +23,7 @@ from pipeline.models.weights import ModelParams
 from pipeline.records import BaseRecord, FinalRecord, HealthRecord
 from tests.media import read_pcm, write_pcm
 from tests.ray_cluster import RayCluster
+from tests.test_container_source import FORMAT_FLOAT, riff
 from tests.tiny_whisper import save_tiny
 
 
@@ -70,6 +72,17 @@ async def test_a_stream_runs_to_its_end_and_is_remembered(local_settings: Settin
         assert health_of(records)[0] == "started"
         assert health_of(records)[-1] == "ended"
         assert any(isinstance(record, FinalRecord) for record in records)
+
+
+async def test_samples_that_are_no_numbers_are_counted(local_settings: Settings, clip: Path, tmp_path: Path) -> None:
+    samples = (read_pcm(clip)[:32_000] / 32_768).astype("<f4")
+    samples[[5, 700, 20_000]] = np.nan, np.inf, -np.inf
+    path = riff(tmp_path / "nan.wav", tag=FORMAT_FLOAT, channels=1, rate_hz=16_000, bits=32, data=samples.tobytes())
+    async with running(local_settings) as gateway:
+        for source, expected in ((clip, b"0.0"), (path, b"3.0"), (path, b"6.0")):
+            stream_id = await gateway.start_stream(StreamSpec(source=str(source), pace="fast"))
+            assert (await gateway.wait_stream(stream_id)).state == "ended"
+            assert b"\nsurtitle_nonfinite_samples_total " + expected in gateway.render_metrics()
 
 
 async def test_a_stream_that_is_stopped_flushes_its_open_utterance(local_settings: Settings, speech: Path) -> None:

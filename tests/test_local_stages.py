@@ -18,6 +18,7 @@ from actors.decoder import Decoder
 from actors.dispatch import DispatchParams
 from actors.local_stages import LocalStages
 from actors.metrics import Metrics
+from actors.stage_driver import stages_info
 from pipeline.audio.encoder_window import EncoderParams
 from pipeline.audio.utterances_to_embeddings import UtterancesToEmbeddings
 from pipeline.decode.embeddings_to_hypotheses import DecodeEngine, DecoderParams
@@ -97,6 +98,21 @@ async def test_snapshots_submitted_together_get_what_each_gets_alone(model: Mode
         assert [dataclasses.replace(outcome, num_passes=0) for outcome in outcomes] == [
             dataclasses.replace(outcome, num_passes=0) for outcome in alone
         ]
+
+
+async def test_stages_tell_what_each_of_them_computes_in(model: ModelParams, metrics: Metrics) -> None:
+    async with open_stages(model, metrics) as stages:
+        assert stages.info.arithmetic == "partials in float32, finals in float32"
+        assert stages.info.model == model.name
+    encoder = await asyncio.to_thread(
+        AudioEncoder, model.model_copy(update={"partial_dtype": "bfloat16"}), EncoderParams()
+    )
+    decoder = await asyncio.to_thread(Decoder, model, DecoderParams())
+    assert stages_info(encoder.info(), decoder.info()).arithmetic == (
+        "encoder: partials in bfloat16, finals in float32; decoder: partials in float32, finals in float32"
+    )
+    await encoder.aclose()
+    await decoder.aclose()
 
 
 async def test_a_snapshot_that_cannot_be_encoded_fails_alone(model: ModelParams, metrics: Metrics) -> None:
@@ -247,6 +263,26 @@ async def test_a_snapshot_that_crashes_every_decoder_is_given_up(
         assert isinstance(failure, Failure)
         assert (failure.kind, crashes) == (FailureKind.FAILED, [])
         assert all(isinstance(outcome, Hypothesis) for outcome in await outcomes_of(stages, snapshot(2)))
+
+
+async def test_an_encoder_that_fails_again_and_again_says_so(model: ModelParams) -> None:
+    encoder = await asyncio.to_thread(AudioEncoder, model, EncoderParams())
+    # what is no array at all makes the encoder raise, where a bad array only has a failure as its outcome
+    bad, worse = (dataclasses.replace(snapshot(1, is_final=is_final), samples=[0]) for is_final in (False, True))
+    good = snapshot(2, is_final=False)
+    await encoder.encode([bad, worse, bad, good])
+    encoder.check_health()
+    await encoder.encode([good, bad])
+    await encoder.encode([bad])
+    encoder.check_health()
+    [failure] = await encoder.encode([bad])
+    assert isinstance(failure, Failure)
+    assert (failure.key, failure.kind) == (bad.key, FailureKind.FAILED)
+    with pytest.raises(StageUnavailable, match="3 times in a row"):
+        encoder.check_health()
+    assert isinstance((await encoder.encode([good]))[0], Embeddings)
+    encoder.check_health()
+    await encoder.aclose()
 
 
 async def test_a_crashed_decoder_says_so(model: ModelParams, crashes: list[int]) -> None:

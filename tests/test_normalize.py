@@ -22,21 +22,21 @@ def tones(num_channels: int, rate_hz: int, seconds: float = 0.5) -> NDArray[np.f
     return np.stack([0.5 * np.sin(2 * np.pi * hz * times) for hz in FREQUENCIES_HZ[:num_channels]]).astype(np.float32)
 
 
-def frames(samples: NDArray[np.float32], rate_hz: int, layout: str, sample_format: str) -> list[av.AudioFrame]:
-    """Return the samples as frames of 20 ms in `sample_format`."""
+def pieces_of(samples: NDArray[np.float32], rate_hz: int, layout: str, sample_format: str) -> list[av.AudioFrame]:
+    """Return the samples in pieces of 20 ms in `sample_format`."""
     made = []
     convert = AudioResampler(format=sample_format, layout=layout, rate=rate_hz)
     for start in range(0, samples.shape[1], rate_hz // 50):
         part = samples[:, start : start + rate_hz // 50]
-        frame = av.AudioFrame.from_ndarray(part.T.reshape(1, -1).copy(), format="flt", layout=layout)
-        frame.sample_rate = rate_hz
-        made += convert.resample(frame)
+        piece = av.AudioFrame.from_ndarray(part.T.reshape(1, -1).copy(), format="flt", layout=layout)
+        piece.sample_rate = rate_hz
+        made += convert.resample(piece)
     return made
 
 
 def normalized(parts: list[av.AudioFrame], params: AudioParams) -> NDArray[np.int16]:
     normalizer = Normalizer(params)
-    ready = [normalizer.push(frame) for frame in parts] + [normalizer.flush()]
+    ready = [normalizer.push(piece) for piece in parts] + [normalizer.flush()]
     assert all(part.dtype == np.int16 and part.flags.c_contiguous for part in ready)
     return np.concatenate(ready, axis=1)
 
@@ -49,7 +49,7 @@ def loudest_hz(samples: NDArray[np.int16]) -> float:
 @pytest.mark.parametrize("rate_hz", [8_000, 11_025, 16_000, 22_050, 44_100, 48_000, 96_000, 192_000])
 def test_every_rate_becomes_16_khz_without_losing_or_adding_time(rate_hz: int) -> None:
     source = tones(1, rate_hz)
-    out = normalized(frames(source, rate_hz, "mono", "s16"), AudioParams())
+    out = normalized(pieces_of(source, rate_hz, "mono", "s16"), AudioParams())
     assert out.shape[0] == 1
     assert abs(out.shape[1] - source.shape[1] * 16_000 / rate_hz) <= 1
     times = np.arange(out.shape[1]) / 16_000
@@ -62,7 +62,7 @@ def test_every_rate_becomes_16_khz_without_losing_or_adding_time(rate_hz: int) -
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_split_keeps_every_channel_apart_in_any_form(layout: str, sample_format: str) -> None:
     num_channels = av.AudioLayout(layout).nb_channels
-    parts = frames(tones(num_channels, 44_100, 0.2), 44_100, layout, sample_format)
+    parts = pieces_of(tones(num_channels, 44_100, 0.2), 44_100, layout, sample_format)
     out = normalized(parts, AudioParams(channels=ChannelMode.SPLIT))
     assert out.shape[0] == num_channels
     for channel in range(num_channels):
@@ -73,7 +73,7 @@ def test_split_keeps_every_channel_apart_in_any_form(layout: str, sample_format:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_mix_hears_every_channel_but_the_subwoofer_and_never_clips(layout: str) -> None:
     full = np.sign(tones(av.AudioLayout(layout).nb_channels, 48_000)) * np.float32(0.99)
-    out = normalized(frames(full, 48_000, layout, "s16"), AudioParams(channels=ChannelMode.MIX))
+    out = normalized(pieces_of(full, 48_000, layout, "s16"), AudioParams(channels=ChannelMode.MIX))
     assert out.shape[0] == 1
     spectrum = np.abs(np.fft.rfft(out[0].astype(np.float64)))
     for channel, hz in zip(av.AudioLayout(layout).channels, FREQUENCIES_HZ, strict=False):
@@ -84,17 +84,17 @@ def test_mix_hears_every_channel_but_the_subwoofer_and_never_clips(layout: str) 
 
 def test_sound_already_right_is_untouched() -> None:
     samples = np.random.default_rng(0).integers(-32_768, 32_767, (1, 5_000), np.int16)
-    frame = av.AudioFrame.from_ndarray(samples, format="s16", layout="mono")
-    frame.sample_rate = 16_000
-    assert np.array_equal(normalized([frame], AudioParams()), samples)
+    piece = av.AudioFrame.from_ndarray(samples, format="s16", layout="mono")
+    piece.sample_rate = 16_000
+    assert np.array_equal(normalized([piece], AudioParams()), samples)
 
 
-def test_how_sound_is_split_into_frames_changes_nothing() -> None:
+def test_how_sound_is_split_changes_nothing() -> None:
     source = tones(2, 44_100)
     whole = av.AudioFrame.from_ndarray(source.T.reshape(1, -1).copy(), format="flt", layout="stereo")
     whole.sample_rate = 44_100
     assert np.array_equal(
-        normalized([whole], AudioParams()), normalized(frames(source, 44_100, "stereo", "flt"), AudioParams())
+        normalized([whole], AudioParams()), normalized(pieces_of(source, 44_100, "stereo", "flt"), AudioParams())
     )
 
 
@@ -106,22 +106,24 @@ def test_a_few_broken_samples_become_silence_and_are_counted(sample_format: str,
     broken[0, 1_000:1_010] = bad
     source[0, 1_000:1_010] = 0
     normalizer = Normalizer(AudioParams())
-    out = [normalizer.push(frame) for frame in frames(broken, 48_000, "stereo", sample_format)] + [normalizer.flush()]
+    out = [normalizer.push(piece) for piece in pieces_of(broken, 48_000, "stereo", sample_format)] + [
+        normalizer.flush()
+    ]
     assert normalizer.num_nonfinite == 10
-    clean = normalized(frames(source, 48_000, "stereo", sample_format), AudioParams())
+    clean = normalized(pieces_of(source, 48_000, "stereo", sample_format), AudioParams())
     assert np.array_equal(np.concatenate(out, axis=1), clean)
 
 
 def test_absurd_levels_do_not_spread() -> None:
     source = tones(1, 48_000)
     source[0, 12_000] = 3e38
-    out = normalized(frames(source, 48_000, "mono", "flt"), AudioParams())
+    out = normalized(pieces_of(source, 48_000, "mono", "flt"), AudioParams())
     assert abs(loudest_hz(out[0, 6_000:]) - FREQUENCIES_HZ[0]) < 6
 
 
 def test_mostly_broken_sound_is_refused_once_enough_was_heard() -> None:
     source = np.full((1, 96_000), np.nan, np.float32)
-    parts = frames(source, 48_000, "mono", "fltp")
+    parts = pieces_of(source, 48_000, "mono", "fltp")
     normalizer = Normalizer(AudioParams())
     for part in parts[:49]:
         normalizer.push(part)
@@ -133,7 +135,7 @@ def test_short_broken_sound_is_refused_at_its_end() -> None:
     source = tones(1, 48_000, 0.1)
     source[0, :200] = np.nan
     normalizer = Normalizer(AudioParams())
-    for part in frames(source, 48_000, "mono", "flt"):
+    for part in pieces_of(source, 48_000, "mono", "flt"):
         normalizer.push(part)
     with pytest.raises(MediaError, match="NaN"):
         normalizer.flush()
@@ -141,19 +143,19 @@ def test_short_broken_sound_is_refused_at_its_end() -> None:
 
 def test_the_limit_is_configurable() -> None:
     source = np.full((1, 96_000), np.nan, np.float32)
-    out = normalized(frames(source, 48_000, "mono", "fltp"), AudioParams(max_nan_share=1.0))
+    out = normalized(pieces_of(source, 48_000, "mono", "fltp"), AudioParams(max_nan_share=1.0))
     assert out.shape == (1, 32_000)
     assert not out.any()
 
 
 def test_a_change_of_rate_and_layout_is_followed_when_mixing() -> None:
-    parts = frames(tones(1, 8_000), 8_000, "mono", "s16") + frames(tones(6, 48_000), 48_000, "5.1", "fltp")
+    parts = pieces_of(tones(1, 8_000), 8_000, "mono", "s16") + pieces_of(tones(6, 48_000), 48_000, "5.1", "fltp")
     out = normalized(parts, AudioParams())
     assert abs(out.shape[1] - 16_000) <= 2
 
 
 def test_a_change_of_channels_cannot_be_followed_when_splitting() -> None:
-    parts = frames(tones(1, 8_000), 8_000, "mono", "s16") + frames(tones(2, 8_000), 8_000, "stereo", "s16")
+    parts = pieces_of(tones(1, 8_000), 8_000, "mono", "s16") + pieces_of(tones(2, 8_000), 8_000, "stereo", "s16")
     with pytest.raises(MediaError, match="changed from 1 to 2"):
         normalized(parts, AudioParams(channels=ChannelMode.SPLIT))
 

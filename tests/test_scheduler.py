@@ -66,7 +66,6 @@ class FakeRunner:
 
     def note(self, ended: tuple[Ended[int], ...]) -> None:
         for end in ended:
-            assert (end.slot is None) == (end.id not in self.slots.values())
             self.outcomes[end.id].append(end.reason)
             self.close(end.id)
 
@@ -88,7 +87,7 @@ class FakeRunner:
             self.left[work_id] = (job.work.num_tokens, decode_steps, translation_steps)
         self.check_budget(step.pieces)
         for piece in step.pieces:
-            if piece.opens_slot:
+            if piece.id not in self.slots.values():
                 assert piece.slot not in self.slots
                 self.slots[piece.slot] = piece.id
         self.served.append(tuple(piece.id for piece in step.pieces))
@@ -105,7 +104,8 @@ class FakeRunner:
 
     def check_budget(self, pieces: tuple[Piece[int], ...]) -> None:
         cost = sum(
-            piece.num_tokens + piece.opens_slot * self.jobs[piece.id].work.num_context_tokens for piece in pieces
+            piece.num_tokens + (0 if piece.id in self.slots.values() else self.jobs[piece.id].work.num_context_tokens)
+            for piece in pieces
         )
         assert cost <= self.params.tokens_per_step or len(pieces) == 1
         assert len({piece.slot for piece in pieces}) == len(pieces)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import subprocess
 import sys
 import time
@@ -13,11 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from pipeline.audio.encoder_window import EncoderCost, EncoderParams
+from pipeline.audio.encoder_window import EncoderCost, EncoderCosts, EncoderParams
 from pipeline.audio.utterances_to_embeddings import UtterancesToEmbeddings
 from pipeline.errors import ModelError
 from pipeline.items import Embeddings, Failure, FailureKind, Snapshot, SnapshotKey
 from pipeline.models.device import (
+    check_final_arithmetic,
     choose_device,
     choose_partial_arithmetic,
     has_bfloat16_units,
@@ -29,6 +31,7 @@ from pipeline.models.weights import ModelParams
 from pipeline.models.whisper.checkpoint import load_checkpoint
 from pipeline.models.whisper.encoder import WhisperEncoder
 from pipeline.models.whisper.log_mel import LogMel
+from tests.models import needs_int8
 from tests.tiny_whisper import save_tiny
 
 RATE_HZ = 16_000
@@ -168,7 +171,7 @@ def test_silence_and_full_scale_are_encoded(stage: UtterancesToEmbeddings) -> No
         assert isinstance(outcome, Embeddings)
 
 
-@pytest.mark.parametrize("arithmetic", ["bfloat16", "int8"])
+@pytest.mark.parametrize("arithmetic", ["bfloat16", pytest.param("int8", marks=needs_int8)])
 def test_partials_may_be_rough_and_finals_never_are(
     model: ModelParams, stage: UtterancesToEmbeddings, arithmetic: Arithmetic
 ) -> None:
@@ -184,6 +187,7 @@ def test_partials_may_be_rough_and_finals_never_are(
     assert 0 < np.abs(partial.values - exact.values).max() < 0.2
 
 
+@needs_int8
 def test_finals_are_int8_if_asked_for_and_the_same_in_a_call_and_alone(model: ModelParams) -> None:
     rough = UtterancesToEmbeddings(model.model_copy(update={"final_dtype": "int8"}), EncoderParams())
     assert (rough.partial_dtype, rough.final_dtype) == ("float32", "int8")
@@ -236,7 +240,41 @@ def test_a_machine_without_units_for_it_never_chooses_a_reduced_arithmetic() -> 
     assert choose_partial_arithmetic(ModelParams(), CPU, time.perf_counter) in possible
     assert choose_partial_arithmetic(ModelParams(), CPU) == "float32"
     assert choose_partial_arithmetic(ModelParams(partial_dtype="bfloat16"), CPU) == "bfloat16"
+
+
+@needs_int8
+def test_integers_are_used_if_asked_for() -> None:
     assert choose_partial_arithmetic(ModelParams(partial_dtype="int8"), CPU) == "int8"
+    assert check_final_arithmetic(ModelParams(final_dtype="int8"), CPU) == "int8"
+
+
+REFUSES_INTEGERS = """
+import time, torch
+from pipeline.errors import ModelError
+from pipeline.models.device import check_final_arithmetic, choose_partial_arithmetic
+from pipeline.models.weights import ModelParams
+cpu = torch.device("cpu")
+for choose, asked, other in (
+    (choose_partial_arithmetic, {"partial_dtype": "int8"}, "auto"),
+    (check_final_arithmetic, {"final_dtype": "int8"}, "float32"),
+):
+    try:
+        choose(ModelParams(**asked), cpu)
+        raise SystemExit(f"{asked} is accepted")
+    except ModelError as error:
+        message = str(error)
+        assert next(iter(asked)) in message and f"use '{other}'" in message, message
+assert choose_partial_arithmetic(ModelParams(), cpu, time.perf_counter) != "int8"
+"""
+
+
+def test_integers_are_refused_where_their_sums_overflow() -> None:
+    # oneDNN uses no instructions beyond those, whatever the processor has.
+    environment = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2"}
+    ended = subprocess.run(
+        [sys.executable, "-c", REFUSES_INTEGERS], env=environment, check=False, capture_output=True, text=True
+    )
+    assert ended.returncode == 0, ended.stderr
 
 
 def test_integers_are_for_cpus() -> None:
@@ -245,14 +283,31 @@ def test_integers_are_for_cpus() -> None:
 
 
 def test_costs_grow_with_the_window_and_follow_the_measurement(model: ModelParams) -> None:
+    stage = UtterancesToEmbeddings(model, EncoderParams())
     costs = [
-        UtterancesToEmbeddings(model, EncoderParams(), clock=Ticks([0.0, took_s])).cost for took_s in (0.010, 0.020)
+        stage.measure_cost(Ticks([0.0, took_s]), is_final=is_final)
+        for took_s, is_final in ((0.010, False), (0.020, True))
     ]
     for cost, took_ms in zip(costs, (10.0, 20.0), strict=True):
         assert cost.estimate_ms(1) == pytest.approx(took_ms + cost.ms_per_window)
     estimates = [costs[0].estimate_ms(seconds * RATE_HZ) for seconds in range(1, 28)]
     assert estimates == sorted(estimates)
     assert costs[0].estimate_ms(0) == costs[0].estimate_ms(10**9) == 0.0
+    both = EncoderCosts(partial=costs[0], final=costs[1])
+    for num_samples in (1, RATE_HZ, 20 * RATE_HZ):
+        for is_final in (False, True):
+            assert both.estimate_ms(num_samples, is_final) == costs[is_final].estimate_ms(num_samples)
+
+
+@needs_int8
+def test_partials_and_finals_are_measured_each_in_its_own_arithmetic(model: ModelParams) -> None:
+    stage = UtterancesToEmbeddings(model.model_copy(update={"partial_dtype": "int8"}), EncoderParams())
+    used: list[str] = []
+    for is_final in (False, True):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            stage.measure_cost(time.perf_counter, is_final=is_final)
+        used += ["int8" if any("_int_mm" in event.key for event in profile.key_averages()) else "float32"]
+    assert used == ["int8", "float32"]
 
 
 def test_a_cost_model_and_parameters_need_no_torch() -> None:

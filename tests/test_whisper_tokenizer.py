@@ -36,7 +36,7 @@ def test_special_tokens_are_whispers(tokenizer: WhisperTokenizer) -> None:
     # OpenAI's multilingual vocabulary (whisper/tokenizer.py).
     assert (tokenizer.eot, tokenizer.sot) == (50_257, 50_258)
     assert (tokenizer.translate, tokenizer.transcribe) == (50_358, 50_359)
-    assert (tokenizer.sot_prev, tokenizer.no_speech) == (50_361, 50_362)
+    assert tokenizer.no_speech == 50_362
     assert (tokenizer.no_timestamps, tokenizer.timestamp_begin) == (50_363, 50_364)
     assert tokenizer.is_multilingual
 
@@ -225,12 +225,21 @@ def test_a_broken_tokenizer_file_is_a_model_error(directory: Path, content: str)
         load_tokenizer(ModelParams(name=str(directory)))
 
 
-def test_a_tokenizer_of_another_model_is_refused(directory: Path) -> None:
+def write_without(directory: Path, content: str) -> None:
     library = json.loads(tokenizer_file().read_text())
-    library["added_tokens"] = [token for token in library["added_tokens"] if token["content"] != "<|translate|>"]
+    library["added_tokens"] = [token for token in library["added_tokens"] if token["content"] != content]
     (directory / "tokenizer.json").write_text(json.dumps(library))
+
+
+def test_a_tokenizer_of_another_model_is_refused(directory: Path) -> None:
+    write_without(directory, "<|translate|>")
     with pytest.raises(ModelError, match=r"<\|translate\|>"):
         load_tokenizer(ModelParams(name=str(directory)))
+
+
+def test_a_special_token_that_nothing_here_uses_may_be_missing(directory: Path, tokenizer: WhisperTokenizer) -> None:
+    write_without(directory, "<|startofprev|>")
+    assert load_tokenizer(ModelParams(name=str(directory))).sot == tokenizer.sot
 
 
 def test_added_tokens_with_holes_are_refused(directory: Path) -> None:

@@ -1,7 +1,8 @@
 """`surtitle bench accuracy`: what the live path costs in words, against the same weights over whole recordings.
 
 The live path is driven by samples (snapshots, partials with drafts, finals), every snapshot answered before the next
-chunk is heard: its texts depend on neither the machine's speed nor on luck (docs/performance.md).
+chunk is heard: its texts depend on neither the machine's load nor on luck. Those of partials depend on the arithmetic
+that a service on this machine would choose for them (docs/performance.md).
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from pipeline.decode.embeddings_to_hypotheses import DecodeEngine
 from pipeline.errors import MediaError
 from pipeline.items import Hypothesis, Outcome
 from pipeline.local import LocalModels, caption_items
+from pipeline.models.device import choose_device, choose_partial_arithmetic
 from pipeline.records import BaseRecord, ErrorRecord, FinalRecord, PartialRecord
 from pipeline.stream_params import AUTO, StreamParams
 
@@ -129,6 +131,7 @@ class AccuracyReport:
     """All rows. Figures in all are over the English single recordings; the other rows stand apart."""
 
     model: str
+    arithmetic: str
     language: str
     files: tuple[FileResult, ...]
     joined: tuple[FileResult, ...]
@@ -147,6 +150,7 @@ class AccuracyReport:
             counts.add(row.counts)
         return {
             "model": self.model,
+            "arithmetic": self.arithmetic,
             "language": self.language,
             "live_wer": round(live.rate, 5),
             "offline_wer": round(offline.rate, 5),
@@ -193,6 +197,7 @@ def run_accuracy(options: AccuracyOptions, on_progress: Progress | None = None) 
     measure = _Measurement(options, len(clips) + len(joined), on_progress)
     return AccuracyReport(
         model=settings.model.name,
+        arithmetic=measure.arithmetic,
         language=options.language,
         files=tuple(measure.run(clip) for clip in clips),
         joined=tuple(measure.run(clip) for clip in joined),
@@ -209,10 +214,9 @@ class _Measurement:
         self._on_progress = on_progress
         self._tell("loading models")
         settings = options.settings
-        self._models = LocalModels(
-            UtterancesToEmbeddings(settings.model, settings.encoder, clock=time.perf_counter),
-            DecodeEngine(settings.model, settings.decoder),
-        )
+        self._models = load_models(settings)
+        engine = self._models.engine
+        self.arithmetic = f"partials in {engine.partial_dtype}, finals in {engine.final_dtype}"
         self._offline = OfflineWhisper(settings.model)
 
     def run(self, clip: Clip) -> FileResult:
@@ -228,6 +232,14 @@ class _Measurement:
     def _tell(self, what: str) -> None:
         if self._on_progress is not None:
             self._on_progress(what, self._num_done, self._num_clips)
+
+
+def load_models(settings: Settings) -> LocalModels:
+    """Return encoder and decoder with the arithmetic of partials that a service would choose on this machine."""
+    # Chosen once: two probes on a busy machine might not agree, and the figures are of one arithmetic.
+    chosen = choose_partial_arithmetic(settings.model, choose_device(settings.model), time.perf_counter)
+    model = settings.model.model_copy(update={"partial_dtype": chosen})
+    return LocalModels(UtterancesToEmbeddings(model, settings.encoder), DecodeEngine(model, settings.decoder))
 
 
 def caption_live(

@@ -64,6 +64,7 @@ class LiveReport:
 
     runtime: str
     model: str
+    arithmetic: str
     seconds: float
     language: str | None
     streams: tuple[StreamResult, ...]
@@ -104,6 +105,7 @@ class LiveReport:
             "streams": num_streams,
             "runtime": self.runtime,
             "model": self.model,
+            "arithmetic": self.arithmetic,
             "seconds": round(self.seconds, 2),
             "wer": None if words is None else round(words.rate, 5),
             "finals_lost": total.num_finals_lost,
@@ -195,6 +197,7 @@ class LiveBench:
         report = LiveReport(
             runtime=self._settings.runtime,
             model=info.stages.model,
+            arithmetic=info.stages.arithmetic,
             seconds=self._played.clip.seconds,
             language=self._played.clip.language if self._played.has_reference else None,
             streams=tuple(streams),

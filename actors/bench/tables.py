@@ -19,7 +19,8 @@ _MAX_DIFFERENCES_SHOWN = 6
 
 def accuracy_table(report: AccuracyReport) -> RenderableType:
     """Return a table with a row for each recording, the figures in all, and what the live path did besides words."""
-    table = Table(title=f"Word error rate, {report.model}, language {report.language}", title_justify="left")
+    title = f"Word error rate, {report.model}, {report.arithmetic}, language {report.language}"
+    table = Table(title=title, title_justify="left")
     for name in ("recording", "words", "live", "offline"):
         table.add_column(name, justify="left" if name == "recording" else "right", no_wrap=True)
     table.add_column("live differs from the reference in", overflow="fold")
@@ -63,6 +64,7 @@ def live_table(report: LiveReport) -> RenderableType:
     if not report.is_whole_service:
         everything = f"{figures['num_processes']} processes, without the cluster or store elsewhere"
     lines = [
+        report.arithmetic,
         f"CPU {figures['cpu_s_per_audio_s']:.3f} s per second of audio, {everything}, "
         f"{figures['num_cpus']} cores; memory {figures['memory_mib_at_start']:.0f} MiB at start, "
         f"{figures['memory_mib_peak']:.0f} MiB at most, {figures['memory_mib_per_stream']:.1f} MiB more a stream",

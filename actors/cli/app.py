@@ -61,7 +61,7 @@ def _is_number(text: str) -> bool:
 
 @app.command(cls=CaptionCommand)
 def caption(
-    source: Annotated[str, typer.Argument(metavar="SOURCE", help="A file or URL with sound.")],
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="A file with sound.")],
     *,
     is_realtime: Annotated[
         bool,

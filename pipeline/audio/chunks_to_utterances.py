@@ -176,24 +176,17 @@ class ChunksToUtterances:
         self._is_flushed = False
 
     @property
-    def is_open(self) -> bool:
-        """Whether an utterance is open."""
-        return self._endpointer.is_open
-
-    @property
     def last_speech_sample(self) -> int:
         """The end of the newest window that was judged to be speech since the last boundary."""
         return self._endpointer.speech_end * self._window_samples
 
     @property
     def checkpoint(self) -> Checkpoint:
-        """The newest point from which a replay finds the same boundaries as this object will."""
-        return self._checkpoint
+        """The newest point from which a replay finds the same boundaries as this object will.
 
-    @property
-    def checkpoint_sample(self) -> int:
-        """Earliest sample whose windows a replay must judge; it needs `warm_up_ms` of sound before that as well."""
-        return self._checkpoint.start_sample
+        A replay needs `warm_up_ms` of sound before it as well.
+        """
+        return self._checkpoint
 
     @property
     def num_held_samples(self) -> int:

@@ -52,10 +52,7 @@ class EncoderParams(Params):
 
 @dataclass(frozen=True, slots=True)
 class EncoderCost:
-    """What an encoder call takes on one machine: a model of its operations, scaled by a measurement.
-
-    It travels to the dispatcher, which keeps a call short with it; it decides nothing about results.
-    """
+    """What one kind of snapshot takes on one machine: a model of the encoder's operations, scaled by a measurement."""
 
     params: EncoderParams
     ms_per_window: float  # what a window costs whatever its length
@@ -69,3 +66,18 @@ class EncoderCost:
         except ValueError:
             return 0.0
         return self.ms_per_window + seconds * (self.ms_per_second + seconds * self.ms_per_second_squared)
+
+
+@dataclass(frozen=True, slots=True)
+class EncoderCosts:
+    """What snapshots take: partials and finals differ in arithmetic and in how many threads they have.
+
+    It travels to the dispatcher, which keeps a call short with it; it decides nothing about results.
+    """
+
+    partial: EncoderCost
+    final: EncoderCost
+
+    def estimate_ms(self, num_samples: int, is_final: bool) -> float:
+        """Return the expected milliseconds for an utterance of `num_samples`; 0 if it cannot be encoded at all."""
+        return (self.final if is_final else self.partial).estimate_ms(num_samples)

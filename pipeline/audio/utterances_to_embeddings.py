@@ -1,7 +1,8 @@
 """From snapshots of utterances to the embeddings that the decoder listens to (Whisper's encoder).
 
-The window of a snapshot is its samples and silence up to a whole second, never a padded 30 s. No window is ever padded
-to the length of another, so nothing needs a mask and a snapshot's embeddings cannot depend on what else is in the call:
+The window of a snapshot is its samples and some seconds of silence (`EncoderParams`), never a padded 30 s. No window is
+ever padded to the length of another, so nothing needs a mask and a snapshot's embeddings cannot depend on what else is
+in the call:
 
 - on a CPU every window runs alone, at the shape it always has: the same bits in a batch and alone. A batch would gain
   nothing there: the products of one 3 s window already fill the core;
@@ -29,8 +30,6 @@ from pipeline.timebase import SAMPLE_RATE_HZ
 __all__ = ["EncoderCost", "EncoderParams", "UtterancesToEmbeddings"]
 
 _FULL_SCALE = 32_768.0
-# Sustained speed that is assumed where nothing is measured: one core with AVX2.
-_NOMINAL_FLOP_PER_S = 60e9
 _NUM_PROBES = 2  # the first one also allocates
 # Attention reaches two thirds of the speed of the linear layers (measured at 12 s).
 _ATTENTION_WEIGHT = 1.5
@@ -45,8 +44,8 @@ class UtterancesToEmbeddings:
     Args:
         model: which checkpoint, on which device, and the arithmetic of partials.
         params: the window.
-        clock: seconds, to measure this machine at load; without it partials are float32 unless the model parameters
-            say otherwise, and costs are nominal.
+        clock: seconds, to measure at load which arithmetic partials get; without it they are float32 unless the model
+            parameters say otherwise.
         checkpoint: the encoder's tensors, if they are loaded already.
 
     Raises:
@@ -76,7 +75,6 @@ class UtterancesToEmbeddings:
             if arithmetic == final_arithmetic
             else WhisperEncoder(checkpoint, self._device, arithmetic)
         )
-        self.cost = self._calibrate(clock)
 
     @property
     def device(self) -> str:
@@ -115,6 +113,27 @@ class UtterancesToEmbeddings:
                 outcomes[index] = outcome
         return [outcome for outcome in outcomes if outcome is not None]
 
+    def measure_cost(self, clock: Clock, *, is_final: bool) -> EncoderCost:
+        """Return what partials (or finals) cost on this machine under the thread count that is set now."""
+        encoder = self._final_encoder if is_final else self._partial_encoder
+        flop_per_second, flop_per_second_squared = _flop(self.config)
+        shortest = np.zeros(1, dtype=np.int16)
+        seconds = self._params.window_samples(1) / SAMPLE_RATE_HZ
+        times = []
+        for _ in range(_NUM_PROBES):
+            synchronize(self._device)
+            started = clock()
+            self._run(encoder, [shortest])
+            times.append(clock() - started)
+        elapsed_s = max(min(times), 1e-6)
+        flop_per_s = (flop_per_second + flop_per_second_squared * seconds) * seconds / elapsed_s
+        return EncoderCost(
+            params=self._params,
+            ms_per_window=1.0,
+            ms_per_second=1e3 * flop_per_second / flop_per_s,
+            ms_per_second_squared=1e3 * flop_per_second_squared / flop_per_s,
+        )
+
     def _problem_of(self, snapshot: Snapshot) -> str | None:
         samples = snapshot.samples
         if samples.dtype != np.int16 or samples.ndim != 1:
@@ -146,27 +165,6 @@ class UtterancesToEmbeddings:
         features = self._log_mel(torch.from_numpy(windows).to(self._device))
         values: NDArray[np.float32] = encoder(features).to("cpu", torch.float32).numpy()
         return values
-
-    def _calibrate(self, clock: Clock | None) -> EncoderCost:
-        flop_per_second, flop_per_second_squared = _flop(self.config)
-        flop_per_s = _NOMINAL_FLOP_PER_S
-        if clock is not None:
-            shortest = np.zeros(1, dtype=np.int16)
-            seconds = self._params.window_samples(1) / SAMPLE_RATE_HZ
-            times = []
-            for _ in range(_NUM_PROBES):
-                synchronize(self._device)
-                started = clock()
-                self._run(self._partial_encoder, [shortest])
-                times.append(clock() - started)
-            elapsed_s = max(min(times), 1e-6)
-            flop_per_s = (flop_per_second + flop_per_second_squared * seconds) * seconds / elapsed_s
-        return EncoderCost(
-            params=self._params,
-            ms_per_window=1.0,
-            ms_per_second=1e3 * flop_per_second / flop_per_s,
-            ms_per_second_squared=1e3 * flop_per_second_squared / flop_per_s,
-        )
 
 
 def _check_window(params: EncoderParams, config: WhisperConfig) -> None:

@@ -79,21 +79,19 @@ class Work(Generic[IdT]):
 
 @dataclass(frozen=True, slots=True)
 class Piece(Generic[IdT]):
-    """What one piece of work does in one step: feed up to `num_tokens` in `slot`; `opens_slot` the first time."""
+    """What one piece of work does in one step: feed up to `num_tokens` in `slot`, which its first piece opens."""
 
     id: IdT
     slot: int
     num_tokens: int
-    opens_slot: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Ended(Generic[IdT]):
-    """Work that ended outside of `account`. `slot` is the slot it had opened, if any."""
+    """Work that ended outside of `account`; the slot that it had opened, if any, is to be closed."""
 
     id: IdT
     reason: EndReason
-    slot: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,7 +257,7 @@ class Scheduler(Generic[IdT]):
         """End the partials that `work` overtakes, or return that `work` is itself overtaken."""
         rivals = list(self._lineages.get(work.lineage, ())) if work.lineage is not None else []
         if work.priority is Priority.PARTIAL and any(rival.work.revision > work.revision for rival in rivals):
-            return (Ended(work.id, EndReason.SUPERSEDED, None),)
+            return (Ended(work.id, EndReason.SUPERSEDED),)
         return tuple(
             self._end(rival, EndReason.SUPERSEDED)
             for rival in rivals
@@ -275,7 +273,7 @@ class Scheduler(Generic[IdT]):
             last = max(waiting, key=self._order)
             if last.priority is not Priority.FINAL:
                 return (self._end(last, EndReason.REFUSED),)
-        return (Ended(work.id, EndReason.REFUSED, None),)
+        return (Ended(work.id, EndReason.REFUSED),)
 
     def _order(self, entry: _Entry[IdT]) -> tuple[bool, int, float, int]:
         raised = (self._num_steps - entry.served_step) // self._params.ageing_steps + entry.num_preempted
@@ -328,16 +326,15 @@ class Scheduler(Generic[IdT]):
             num_tokens = min(entry.num_tokens, max(left - context, 0 if pieces else 1))
             if num_tokens < 1 or entry.slot is None:
                 continue
-            pieces.append(Piece(entry.work.id, entry.slot, num_tokens, opens_slot=not entry.has_context))
+            pieces.append(Piece(entry.work.id, entry.slot, num_tokens))
             left -= context + num_tokens
             entry.has_context = True
             entry.served_step = self._num_steps
         return tuple(pieces)
 
     def _end(self, entry: _Entry[IdT], reason: EndReason) -> Ended[IdT]:
-        ended = Ended(entry.work.id, reason, entry.slot if entry.has_context else None)
         self._remove(entry)
-        return ended
+        return Ended(entry.work.id, reason)
 
     def _remove(self, entry: _Entry[IdT]) -> None:
         self._release(entry)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from pipeline.errors import ModelError
-from pipeline.models.linear import Arithmetic, reduced_linear
+from pipeline.models.linear import Arithmetic, are_int8_sums_exact, reduced_linear
 from pipeline.models.weights import ModelParams
 
 Clock = Callable[[], float]
@@ -45,10 +45,10 @@ def choose_partial_arithmetic(model: ModelParams, device: torch.device, clock: C
     Takes some 50 ms.
 
     Raises:
-        ModelError: if int8 is asked for on a device that is no CPU.
+        ModelError: if int8 is asked for, and the device is no CPU or the CPU has no instructions for it.
     """
-    if model.partial_dtype == "int8" and device.type != "cpu":
-        raise ModelError(f"model.partial_dtype is 'int8', which is for CPUs, not for {device.type}: use 'auto'")
+    if model.partial_dtype == "int8":
+        _check_int8("partial_dtype", device, instead="auto")
     if model.partial_dtype != "auto":
         return model.partial_dtype
     if clock is None:
@@ -63,19 +63,32 @@ def check_final_arithmetic(model: ModelParams, device: torch.device) -> Arithmet
     """Return what finals are computed in.
 
     Raises:
-        ModelError: if int8 is asked for on a device that is no CPU.
+        ModelError: if int8 is asked for, and the device is no CPU or the CPU has no instructions for it.
     """
-    if model.final_dtype == "int8" and device.type != "cpu":
-        raise ModelError(f"model.final_dtype is 'int8', which is for CPUs, not for {device.type}: use 'float32'")
+    if model.final_dtype == "int8":
+        _check_int8("final_dtype", device, instead="float32")
     return model.final_dtype
 
 
+def _check_int8(name: str, device: torch.device, *, instead: str) -> None:
+    if device.type != "cpu":
+        raise ModelError(f"model.{name} is 'int8', which is for CPUs, not for {device.type}: use '{instead}'")
+    if not has_int8_units(device):
+        raise ModelError(
+            f"model.{name} is 'int8', for which this processor has no instructions (VNNI, AMX or i8mm), or oneDNN may "
+            f"not use them: sums would overflow; use '{instead}'"
+        )
+
+
 def has_int8_units(device: torch.device) -> bool:
-    """Whether the processor multiplies 8-bit integers into 32-bit sums; asked first, as for bfloat16."""
+    """Whether the processor multiplies 8-bit integers into 32-bit sums, and oneDNN uses that.
+
+    The processor is asked first, as for bfloat16. Its answer is not enough: `ONEDNN_MAX_CPU_ISA` may be lower.
+    """
     if device.type != "cpu":
         return False
     capabilities = torch.cpu.get_capabilities()
-    return any(bool(capabilities.get(name)) for name in _CPU_INT8)
+    return any(bool(capabilities.get(name)) for name in _CPU_INT8) and are_int8_sums_exact()
 
 
 def has_bfloat16_units(device: torch.device) -> bool:

@@ -102,7 +102,8 @@ class Int8Linear:
 
     The scale of a row is its own largest magnitude, found anew for every call (dynamic quantisation as in CTranslate2,
     or LLM.int8() without outliers apart: Dettmers et al. 2022, https://arxiv.org/abs/2208.07339). Sums of integers are
-    exact, so a row's bits do not depend on what else is in the product.
+    exact, so a row's bits do not depend on what else is in the product. That holds where `are_int8_sums_exact`: without
+    instructions for it oneDNN adds pairs of products in 16 bits, which stop at the largest number.
 
     Large layers have packed weights (oneDNN): a quarter to two thirds of the time for few rows; small ones are quicker
     without.
@@ -184,6 +185,19 @@ def pack_linear(weight: Tensor, bias: Tensor | None = None) -> Linear:
             # The operators belong to builds with oneDNN on x86; a build without them has the other way.
             pass
     return BlockedLinear(weight, bias)
+
+
+def are_int8_sums_exact() -> bool:
+    """Whether `Int8Linear` gives right sums on this machine, of the largest numbers too; False if it cannot run."""
+    for num_inputs in (32, _PACKED_INPUTS):  # of either kind of layer
+        for num_rows in (1, _BLOCK_ROWS):
+            try:
+                sums = Int8Linear(torch.ones(32, num_inputs), None)(torch.ones(num_rows, num_inputs))
+            except (AttributeError, RuntimeError):
+                return False  # a build without oneDNN
+            if not torch.allclose(sums, torch.full_like(sums, num_inputs)):
+                return False
+    return True
 
 
 def _find_min_rows(weight: Tensor) -> int | None:

@@ -57,11 +57,14 @@ class ModelParams(Params):
     )
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: cuda when there is one")
     partial_dtype: Literal["auto", "float32", "bfloat16", "int8"] = Field(
-        default="auto", description="arithmetic of partials; auto: int8 or bfloat16 where it is measured to be faster"
+        default="auto",
+        description="arithmetic of partials; auto: int8 or bfloat16 where it is measured to be faster; int8 needs "
+        "VNNI, AMX or i8mm",
     )
     final_dtype: Literal["float32", "int8"] = Field(
         default="float32",
-        description="arithmetic of finals, the same however they are batched; int8: more streams, some words less sure",
+        description="arithmetic of finals, the same however they are batched; int8: more streams, some words less "
+        "sure; needs VNNI, AMX or i8mm",
     )
     encoder_threads: int = Field(default=0, ge=0, le=256, description="CPU threads of an encoder; 0: chosen at start")
     decoder_threads: int = Field(default=0, ge=0, le=256, description="CPU threads of a decoder; 0: chosen at start")

@@ -28,8 +28,3 @@ class InOrder(Generic[T]):
             released.append(self._waiting.pop(self._next))
             self._next += 1
         return released
-
-    @property
-    def num_waiting(self) -> int:
-        """How many results wait for an earlier one."""
-        return len(self._waiting)

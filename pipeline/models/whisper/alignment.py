@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.items import Word
+from pipeline.models.whisper.encoder import POSITION_SAMPLES
 from pipeline.models.whisper.tokenizer import WordTokens
 
-SAMPLES_PER_POSITION = 320  # 20 ms, one position of the encoder
 _MEDIAN_WIDTH = 7
 # Compare-exchanges after which element 3 of 7 is the median (N. Devillard, "Fast median search", opt_med7).
 _MEDIAN_OF_7 = (
@@ -88,8 +88,8 @@ def words_from_times(
     result: list[Word] = []
     earliest = 0
     for word in words:
-        start = int(times[word.timed_indices[0]]) * SAMPLES_PER_POSITION
-        end = int(times[word.timed_indices[-1] + 1]) * SAMPLES_PER_POSITION
+        start = int(times[word.timed_indices[0]]) * POSITION_SAMPLES
+        end = int(times[word.timed_indices[-1] + 1]) * POSITION_SAMPLES
         start = min(max(start, earliest), num_audio_samples)
         end = min(max(end, start), num_audio_samples)
         probability = sum(math.exp(logprobs[i]) for i in word.token_indices) / len(word.token_indices)

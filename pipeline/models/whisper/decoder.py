@@ -3,8 +3,9 @@
 All linear layers run once over the concatenated tokens of all rows; attention runs row by row over views of the row's
 own slot. Nothing is copied or allocated per step but activations.
 
-There are two kinds of lease: exact ones (finals) in float32, and others, for which products with weights may be in a
-reduced arithmetic and rows of one token attend all at once, over views of the memory.
+There are two kinds of lease, each with an arithmetic for the products with weights: exact ones (finals), in float32 or,
+on request, int8; and others (partials), mostly in a reduced one, whose rows of one token attend all at once, over views
+of the memory.
 
 Exactness: the result of a token under an exact lease has the same bits whatever runs beside it and however its
 sequence was cut into passes. Linear layers see to it themselves (pipeline/models/linear.py). The text attention of a
@@ -28,6 +29,7 @@ from pipeline.decode.kv_cache import KvMemory, KvShape
 from pipeline.decode.runner import Lease, Row
 from pipeline.models.linear import Arithmetic, Linear, LinearFactory, pack_linear, reduced_linear
 from pipeline.models.whisper.checkpoint import WhisperCheckpoint
+from pipeline.models.whisper.norm import Norm, read_norm
 
 _MIN_QUERIES = 4
 _MIN_SINGLES = 2  # fewer rows of one token gain nothing by attending together
@@ -35,25 +37,16 @@ _SPAN = 64
 
 
 @dataclass(frozen=True, slots=True)
-class _Norm:
-    weight: Tensor
-    bias: Tensor
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, (x.shape[-1],), self.weight, self.bias)
-
-
-@dataclass(frozen=True, slots=True)
 class _Layer:
     """One decoder layer. Scaling of the queries is folded into their projections."""
 
-    self_norm: _Norm
+    self_norm: Norm
     self_qkv: Linear  # [3 * width]: queries, keys, values
     self_out: Linear
-    cross_norm: _Norm
+    cross_norm: Norm
     cross_q: Linear
     cross_out: Linear
-    mlp_norm: _Norm
+    mlp_norm: Norm
     mlp_up: Linear
     mlp_down: Linear
     kept_heads: Tensor  # int64: cross-attention heads whose queries are kept, perhaps none
@@ -98,7 +91,8 @@ class WhisperDecoder:
         num_slots: slots of the memory.
         max_context_positions: room of a slot for the encoder's positions.
         device: where it computes.
-        partial_arithmetic: of the products with weights under leases that are not exact; "float32" makes all exact.
+        partial_arithmetic: of the products with weights under leases that are not exact. "float32" for both kinds makes
+            all leases exact.
         exact_arithmetic: the same under exact leases: float32, or int8, whose rows do not depend on others either.
     """
 
@@ -118,7 +112,7 @@ class WhisperDecoder:
         self._head_width = config.width // config.decoder_heads
         self._embed_tokens = tensors["decoder.embed_tokens.weight"].to(device)
         self._embed_positions = tensors["decoder.embed_positions.weight"].to(device)
-        self._final_norm = _norm(tensors, "decoder.layer_norm", device)
+        self._final_norm = read_norm(tensors, "decoder.layer_norm", device)
         exact_linear = pack_linear if exact_arithmetic == "float32" else reduced_linear(exact_arithmetic)
         self._exact = _build_network(checkpoint, device, exact_linear)
         self._reduced = (
@@ -126,7 +120,7 @@ class WhisperDecoder:
             if partial_arithmetic == exact_arithmetic
             else _build_network(checkpoint, device, reduced_linear(partial_arithmetic))
         )
-        self._has_rough_leases = partial_arithmetic != "float32"
+        self._has_rough_leases = partial_arithmetic != "float32" or exact_arithmetic != "float32"
         places = math.ceil(config.max_target_positions / _SPAN) * _SPAN
         self.memory = KvMemory(
             KvShape(
@@ -308,10 +302,6 @@ def _padded(queries: Tensor) -> Tensor:
     return F.pad(queries, (0, 0, 0, missing)) if missing > 0 else queries.contiguous()
 
 
-def _norm(tensors: dict[str, Tensor], name: str, device: torch.device) -> _Norm:
-    return _Norm(tensors[f"{name}.weight"].to(device), tensors[f"{name}.bias"].to(device))
-
-
 def _build_network(checkpoint: WhisperCheckpoint, device: torch.device, pack: LinearFactory) -> _Network:
     config, tensors = checkpoint.config, checkpoint.tensors
     scale = (config.width // config.decoder_heads) ** -0.5
@@ -332,13 +322,13 @@ def _build_network(checkpoint: WhisperCheckpoint, device: torch.device, pack: Li
         kept_heads = [head for layer, head in config.alignment_heads if layer == index]
         layers.append(
             _Layer(
-                self_norm=_norm(tensors, f"{own}_layer_norm", device),
+                self_norm=read_norm(tensors, f"{own}_layer_norm", device),
                 self_qkv=linear([f"{own}.q_proj", f"{own}.k_proj", f"{own}.v_proj"], [scale, 1.0, 1.0]),
                 self_out=linear([f"{own}.out_proj"]),
-                cross_norm=_norm(tensors, f"{cross}_layer_norm", device),
+                cross_norm=read_norm(tensors, f"{cross}_layer_norm", device),
                 cross_q=linear([f"{cross}.q_proj"], [scale]),
                 cross_out=linear([f"{cross}.out_proj"]),
-                mlp_norm=_norm(tensors, f"{name}.final_layer_norm", device),
+                mlp_norm=read_norm(tensors, f"{name}.final_layer_norm", device),
                 mlp_up=linear([f"{name}.fc1"]),
                 mlp_down=linear([f"{name}.fc2"]),
                 kept_heads=torch.tensor(kept_heads, dtype=torch.int64, device=device),

@@ -15,20 +15,12 @@ import torch.nn.functional as F
 from pipeline.models.linear import Arithmetic, Int8Linear, Linear, LinearFactory, fast_linear
 from pipeline.models.whisper.checkpoint import WhisperCheckpoint
 from pipeline.models.whisper.log_mel import HOP_SAMPLES
+from pipeline.models.whisper.norm import Norm, read_norm
 
 POSITION_SAMPLES = 2 * HOP_SAMPLES
 """One position of the encoder: 320 samples, 20 ms."""
 
 _KERNEL = 3
-
-
-@dataclass(frozen=True, slots=True)
-class _Norm:
-    weight: torch.Tensor
-    bias: torch.Tensor
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +47,10 @@ class _Conv:
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
-    attention_norm: _Norm
+    attention_norm: Norm
     qkv: Linear  # [3 * width, width]
     attention_out: Linear
-    ffn_norm: _Norm
+    ffn_norm: Norm
     fc1: Linear
     fc2: Linear
     num_heads: int
@@ -100,7 +92,7 @@ class WhisperEncoder:
             _layer(tensors, f"encoder.layers.{index}", pack, self.config.encoder_heads)
             for index in range(self.config.encoder_layers)
         ]
-        self._norm = _norm(tensors, "encoder.layer_norm")
+        self._norm = read_norm(tensors, "encoder.layer_norm")
 
     @torch.inference_mode()
     def __call__(self, features: torch.Tensor) -> torch.Tensor:
@@ -136,10 +128,6 @@ def _conv(tensors: dict[str, torch.Tensor], name: str, pack: LinearFactory, *, s
     return _Conv(pack(weight, tensors[f"{name}.bias"]), stride)
 
 
-def _norm(tensors: dict[str, torch.Tensor], name: str) -> _Norm:
-    return _Norm(tensors[f"{name}.weight"], tensors[f"{name}.bias"])
-
-
 def _layer(tensors: dict[str, torch.Tensor], name: str, pack: LinearFactory, num_heads: int) -> _Layer:
     def linear(part: str) -> Linear:
         return pack(tensors[f"{name}.{part}.weight"], tensors[f"{name}.{part}.bias"])
@@ -151,10 +139,10 @@ def _layer(tensors: dict[str, torch.Tensor], name: str, pack: LinearFactory, num
         torch.cat([query_bias, torch.zeros_like(query_bias), value_bias]),  # Whisper's keys have no bias
     )
     return _Layer(
-        attention_norm=_norm(tensors, f"{name}.self_attn_layer_norm"),
+        attention_norm=read_norm(tensors, f"{name}.self_attn_layer_norm"),
         qkv=qkv,
         attention_out=linear("self_attn.out_proj"),
-        ffn_norm=_norm(tensors, f"{name}.final_layer_norm"),
+        ffn_norm=read_norm(tensors, f"{name}.final_layer_norm"),
         fc1=linear("fc1"),
         fc2=linear("fc2"),
         num_heads=num_heads,

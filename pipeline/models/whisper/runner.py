@@ -16,9 +16,10 @@ from pipeline.items import Word
 from pipeline.models.device import Clock, check_final_arithmetic, choose_device, choose_partial_arithmetic
 from pipeline.models.linear import Arithmetic
 from pipeline.models.weights import ModelParams
-from pipeline.models.whisper.alignment import SAMPLES_PER_POSITION, token_times, words_from_times
+from pipeline.models.whisper.alignment import token_times, words_from_times
 from pipeline.models.whisper.checkpoint import WhisperCheckpoint, load_checkpoint
 from pipeline.models.whisper.decoder import WhisperDecoder
+from pipeline.models.whisper.encoder import POSITION_SAMPLES
 from pipeline.models.whisper.prompts import WhisperPrompter
 from pipeline.models.whisper.tokenizer import WhisperTokenizer, load_tokenizer
 
@@ -110,7 +111,7 @@ class WhisperRunner:
         """Return the words of `text` with times from the alignment heads' attention over the real audio."""
         if not text.tokens:
             return ()
-        num_positions = min(lease.num_context_positions, max(1, math.ceil(num_audio_samples / SAMPLES_PER_POSITION)))
+        num_positions = min(lease.num_context_positions, max(1, math.ceil(num_audio_samples / POSITION_SAMPLES)))
         with torch.inference_mode():
             num_tokens = len(text.prompt) + len(text.tokens)
             attention = self.decoder.attention(lease, num_tokens, num_positions).cpu().numpy()

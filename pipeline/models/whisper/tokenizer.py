@@ -75,7 +75,6 @@ class WhisperTokenizer:
         self.eot = self._special("<|endoftext|>")
         self.transcribe = self._special("<|transcribe|>")
         self.translate = self._special("<|translate|>")
-        self.sot_prev = self._special("<|startofprev|>")
         self.no_speech = self._special("<|nospeech|>", "<|nocaptions|>")
         self.no_timestamps = self._special("<|notimestamps|>")
         self.timestamp_begin = self.no_timestamps + 1
