@@ -89,13 +89,16 @@ class FinalInProgress:
         return self._look_again_or_finish(outcome)
 
     def _accept_look(self, look: _Look, outcome: Outcome) -> list[tuple[Task, BaseRecord]]:
-        """Put in what a second look found; one that failed changes nothing: the first look stands."""
+        """Put in what a second look found; finish when it failed."""
         self._look = None
         transcription = self._transcription
         if transcription is None:
             raise RuntimeError("a second look came before the first")
+        if isinstance(outcome, Failure):
+            # The text is known. Stages that fail may take minutes to say so, each time, and all later finals wait.
+            return [self._finished(transcription)]
         found: Hypothesis | None = None
-        if isinstance(outcome, Hypothesis) and outcome.average_logprob >= self._params.min_logprob:
+        if outcome.average_logprob >= self._params.min_logprob:
             offset_samples = look.snapshot.start_sample - self._snapshot.start_sample
             found = put_in(transcription, outcome, look.stretch, offset_samples)
         self._transcription = found or transcription
@@ -114,7 +117,7 @@ class FinalInProgress:
                 self._look = self._make_look(stretch, transcription.language)
                 self._is_look_due = True
                 return []
-        return [self._done(TRANSCRIBE, to_final(self._utterance, transcription, self.sequence, self._reason))]
+        return [self._finished(transcription)]
 
     def _make_look(self, stretch: Stretch, language: str) -> _Look:
         self._num_looks += 1
@@ -133,6 +136,9 @@ class FinalInProgress:
             tasks=(TRANSCRIBE,),
         )
         return _Look(stretch, snapshot)
+
+    def _finished(self, transcription: Hypothesis) -> tuple[Task, BaseRecord]:
+        return self._done(TRANSCRIBE, to_final(self._utterance, transcription, self.sequence, self._reason))
 
     def _done(self, task: Task, record: BaseRecord) -> tuple[Task, BaseRecord]:
         self._open_tasks.discard(task)
