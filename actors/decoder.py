@@ -50,6 +50,7 @@ class _Reply:
     loop: asyncio.AbstractEventLoop
     outcomes: asyncio.Queue[Outcome]
     open_tasks: dict[SnapshotKey, set[Task]] = field(default_factory=dict)
+    admitted: set[SnapshotKey] = field(default_factory=set)  # those that have a place with the engine
 
     def take_note(self, outcome: Outcome) -> bool:
         """Return whether `outcome` is still expected, and expect it no more."""
@@ -130,27 +131,27 @@ class Decoder:
         failures = [item for item in encoded if isinstance(item, Failure)]
         for failure in failures:
             yield failure
-        jobs = [
-            (request, item) for request, item in zip(requests, encoded, strict=True) if isinstance(item, Embeddings)
-        ]
-        num_admitted = 0
-        try:
-            for request, embeddings in jobs:
-                await self._room.acquire()
-                num_admitted += 1
-                reply.open_tasks[request.key] = set(request.tasks)
+        jobs = []
+        for request, item in zip(requests, encoded, strict=True):
+            if isinstance(item, Embeddings):
                 in_ms = request.deadline_in_ms
-                deadline_ms = None if in_ms is None else arrived_ms + in_ms
-                self._submit(_Submit(request, embeddings, reply, deadline_ms))
+                jobs.append(_Submit(request, item, reply, None if in_ms is None else arrived_ms + in_ms))
+                reply.open_tasks[request.key] = set(request.tasks)
+        # Beside the reading of outcomes: it is answers that make room, perhaps for the rest of this very call.
+        admission = asyncio.create_task(self._admit(jobs, reply), name="decoder-admission")
+        try:
             while reply.open_tasks:
                 outcome = await reply.outcomes.get()
                 if reply.take_note(outcome):
+                    if outcome.key not in reply.open_tasks:
+                        self._leave(reply, outcome.key)
                     yield outcome
         finally:
-            for key in reply.open_tasks:
+            admission.cancel()
+            for key in list(reply.admitted):
                 self._put(_Cancel(key, reply))
-            for _ in range(num_admitted):
-                self._room.release()
+                self._leave(reply, key)
+            await asyncio.wait({admission})
 
     def info(self) -> DecoderInfo:
         """Return what this replica is."""
@@ -176,6 +177,16 @@ class Decoder:
         await asyncio.to_thread(self._thread.join)
 
     # -- on the event loop ------------------------------------------------------------------------
+
+    async def _admit(self, jobs: list[_Submit], reply: _Reply) -> None:
+        for job in jobs:
+            await self._room.acquire()
+            reply.admitted.add(job.request.key)
+            self._submit(job)
+
+    def _leave(self, reply: _Reply, key: SnapshotKey) -> None:
+        reply.admitted.remove(key)
+        self._room.release()
 
     def _submit(self, command: _Submit) -> None:
         is_sent = not self._is_closed and self._put(command)

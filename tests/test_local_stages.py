@@ -21,6 +21,7 @@ from actors.metrics import Metrics
 from pipeline.audio.encoder_window import EncoderParams
 from pipeline.audio.utterances_to_embeddings import UtterancesToEmbeddings
 from pipeline.decode.embeddings_to_hypotheses import DecodeEngine, DecoderParams
+from pipeline.decode.scheduler import SchedulerParams
 from pipeline.errors import ModelError, StageUnavailable
 from pipeline.items import (
     TRANSCRIBE,
@@ -262,6 +263,32 @@ async def test_a_snapshot_sent_again_is_answered_to_the_newer_caller(model: Mode
     assert [type(outcome) for outcome in newer] == [Hypothesis, Hypothesis]
     assert isinstance(older[-1], Failure)
     assert older[-1].kind is FailureKind.UNAVAILABLE
+    await decoder.aclose()
+    await encoder.aclose()
+
+
+async def test_a_call_of_more_requests_than_the_decoder_has_room_for_is_answered(model: ModelParams) -> None:
+    encoder = await asyncio.to_thread(AudioEncoder, model, EncoderParams())
+    params = DecoderParams(scheduler=SchedulerParams(max_waiting=2))
+    decoder = await asyncio.to_thread(Decoder, model, params)
+    items = [snapshot(number) for number in range(1, 7)]
+    encoded = await encoder.encode(items)
+
+    async def ask(chosen: slice) -> list[Outcome]:
+        requests = [DecodeRequest.of(item) for item in items[chosen]]
+        return [outcome async for outcome in decoder.decode(encoded[chosen], requests)]
+
+    async with asyncio.timeout(60):
+        for _ in range(3):
+            async with aclosing(decoder.decode(encoded, [DecodeRequest.of(item) for item in items])) as outcomes:
+                await anext(outcomes)
+        # Whoever went away has left all places; calls that go on have them in turn.
+        answered = await asyncio.gather(ask(slice(0, 4)), ask(slice(4, 6)))
+    for outcomes_of_call, call_items in zip(answered, (items[:4], items[4:]), strict=True):
+        assert {(outcome.key, outcome.task) for outcome in outcomes_of_call} == {
+            (item.key, task) for item in call_items for task in (TRANSCRIBE, ENGLISH)
+        }
+        assert all(isinstance(outcome, Hypothesis) for outcome in outcomes_of_call)
     await decoder.aclose()
     await encoder.aclose()
 
