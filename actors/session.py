@@ -168,7 +168,8 @@ class Session:
             while True:
                 item = asyncio.ensure_future(anext(items))
                 await asyncio.wait({item, stop}, return_when=asyncio.FIRST_COMPLETED)
-                if not item.done():
+                # A stop also ends the hearing of a source that always has its next item ready.
+                if self._stop.is_set() or not item.done():
                     item.cancel()
                     await asyncio.wait({item})
                     return None

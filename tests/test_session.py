@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from types import TracebackType
 from typing import Self
 
@@ -54,6 +54,8 @@ class SampleSource:
         )
         self.is_closed = False
         self.has_delivered_all = asyncio.Event()
+        self.num_blocks = 0
+        self.on_block: Callable[[], None] = lambda: None
         self._failure = failure
         self._waits_at_end = waits_at_end
 
@@ -67,6 +69,8 @@ class SampleSource:
 
     async def __aiter__(self) -> AsyncIterator[AudioBlock | SourceGap]:
         for start in range(0, self.samples.shape[1], BLOCK_SAMPLES):
+            self.num_blocks += 1
+            self.on_block()
             yield AudioBlock(np.ascontiguousarray(self.samples[:, start : start + BLOCK_SAMPLES]))
         if self._failure is not None:
             raise MediaError(self._failure)
@@ -201,6 +205,22 @@ async def test_a_stop_turns_the_open_utterance_into_a_final(sound, local_stages:
     assert finals[0].text
     assert isinstance(records[-1], HealthRecord)
     assert records[-1].event == "ended"
+
+
+async def test_a_stop_ends_the_hearing_of_a_source_that_always_has_more(sound, local_stages: Stages, publisher, store):
+    source = SampleSource(sound)
+    session = Session("s", StreamParams(), source, local_stages, publisher)
+
+    def stop_at_block_30() -> None:
+        if source.num_blocks == 30:
+            session.request_stop()
+
+    source.on_block = stop_at_block_30
+    await run_session(session)
+    assert source.num_blocks == 30
+    last = (await read_all(store, "s"))[-1]
+    assert isinstance(last, HealthRecord)
+    assert (last.event, last.end_ms) == ("ended", 29 * BLOCK_SAMPLES * 1_000 // SAMPLE_RATE_HZ)
 
 
 async def test_a_source_that_fails_midway_gives_its_final_then_a_failed_record(
