@@ -186,17 +186,19 @@ class StageDriver:
         return DecodeRequest.of(snapshot, None if snapshot.is_final else self._partial_deadline_ms)
 
     async def _carry(self, call: StageCall, snapshots: list[Snapshot]) -> None:
-        keys = [snapshot.key for snapshot in snapshots]
+        # What this call still owes. A key that it has answered is none of its business: it may be in flight anew.
+        open_keys = [snapshot.key for snapshot in snapshots]
         encoding = asyncio.create_task(self._watch_encoding(call, snapshots), name="stage-encoding")
         try:
-            await self._receive(call, keys, encoding)
+            await self._receive(call, open_keys, encoding)
         except StageUnavailable as exc:
-            logger.warning("a stage was lost under %d snapshots: %s", len(keys), exc)
-            self._lose(keys, str(exc))
+            if open_keys:
+                logger.warning("a stage was lost under %d snapshots: %s", len(open_keys), exc)
+                self._lose(open_keys, str(exc))
         except Exception as exc:
             # A defect of this program, not of a stage. Its snapshots fail; other calls and streams go on.
             logger.exception("a call failed")
-            self._fail_open(keys, f"internal error: {type(exc).__name__}")
+            self._fail_open(open_keys, f"internal error: {type(exc).__name__}")
         finally:
             encoding.cancel()
             await asyncio.wait({encoding})
@@ -205,7 +207,11 @@ class StageDriver:
             self._wakeup.set()
             await self._tell_room()
 
-    async def _receive(self, call: StageCall, keys: list[SnapshotKey], encoding: asyncio.Task[float]) -> None:
+    async def _receive(self, call: StageCall, open_keys: list[SnapshotKey], encoding: asyncio.Task[float]) -> None:
+        """Deliver the outcomes of `call`, taking from `open_keys` what is answered, to its end.
+
+        One that has answered everything ends by itself; only what nobody waits for is given up before.
+        """
         lost: list[SnapshotKey] = []
         reason = ""
         async with aclosing(call.outcomes()) as raw, aclosing(self._patiently(raw)) as outcomes:
@@ -214,16 +220,18 @@ class StageDriver:
                     lost.append(outcome.key)
                     reason = outcome.message
                     continue
-                if self._queue.answer(outcome):
+                if outcome.key in open_keys and self._queue.answer(outcome):
                     self._deliver(outcome)
                     self._note_decoded(call, outcome.key)
+                    if not self._queue.is_in_flight(outcome.key):
+                        open_keys.remove(outcome.key)
                     if encoding.done() and not encoding.cancelled():
                         self._metrics.decode_ms.observe((time.perf_counter() - encoding.result()) * 1_000)
-                if self._queue.is_abandoned(keys):
+                if open_keys and self._queue.is_abandoned(open_keys):
                     break
         if lost:
             self._lose(lost, reason)
-        self._fail_open(keys, "the decoder ended without an outcome")
+        self._fail_open(open_keys, "the decoder ended without an outcome")
 
     async def _patiently(self, outcomes: AsyncGenerator[Outcome, None]) -> AsyncGenerator[Outcome, None]:
         """Yield from `outcomes`; raise StageUnavailable when they stop coming.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import itertools
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 
@@ -16,7 +16,7 @@ import torch
 from actors.audio_encoder import AudioEncoder
 from actors.decoder import Decoder
 from actors.dispatch import DispatchParams
-from actors.local_stages import LocalStages
+from actors.local_stages import LocalCall, LocalStages
 from actors.metrics import Metrics
 from pipeline.audio.encoder_window import EncoderParams
 from pipeline.audio.utterances_to_embeddings import UtterancesToEmbeddings
@@ -186,6 +186,33 @@ async def test_many_finals_wait_outside_when_there_is_no_room(model: ModelParams
     async with open_stages(model, metrics, max_waiting_snapshots=1, max_in_flight_snapshots=2) as stages:
         results = await asyncio.gather(*(outcomes_of(stages, snapshot(number)) for number in range(1, 13)))
     assert all(isinstance(outcome, Hypothesis) for outcomes in results for outcome in outcomes)
+
+
+class WatchedCall(LocalCall):
+    """Tells, when it is closed, whether all of its outcomes were taken, to their end."""
+
+    closed: asyncio.Queue[bool]
+    has_ended = False
+
+    async def outcomes(self) -> AsyncGenerator[Outcome, None]:
+        async with aclosing(super().outcomes()) as outcomes:
+            async for outcome in outcomes:
+                yield outcome
+        self.has_ended = True
+
+    async def aclose(self) -> None:
+        await super().aclose()
+        self.closed.put_nowait(self.has_ended)
+
+
+async def test_a_call_that_is_answered_runs_to_its_end(
+    model: ModelParams, metrics: Metrics, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(WatchedCall, "closed", asyncio.Queue(), raising=False)
+    monkeypatch.setattr("actors.local_stages.LocalCall", WatchedCall)
+    async with open_stages(model, metrics) as stages, asyncio.timeout(60):
+        await asyncio.gather(*(outcomes_of(stages, snapshot(number, is_final=number > 1)) for number in (1, 2, 3)))
+        assert await WatchedCall.closed.get()
 
 
 @pytest.fixture
