@@ -93,17 +93,21 @@ class StageDriver:
 
     async def submit(self, snapshot: Snapshot) -> AsyncGenerator[Outcome, None]:
         """Yield one outcome for each task of `snapshot` (see `Stages.submit`)."""
-        key = snapshot.key
-        async with self._has_room:
-            await self._has_room.wait_for(lambda: self._is_closed or self._may_enter(snapshot))
+        key, params, submitted_ms = snapshot.key, self._params, _now_ms()
+        wait_ms = params.max_final_wait_ms if snapshot.is_final else params.max_partial_wait_ms
+        try:
+            async with asyncio.timeout(wait_ms / 1_000), self._has_room:
+                await self._has_room.wait_for(lambda: self._is_closed or self._may_enter(snapshot))
+        except TimeoutError:
+            yield Failure(key, None, FailureKind.UNAVAILABLE, f"no place to wait within {wait_ms / 1_000:.1f} s")
+            return
         if self._is_closed or self._sender is None:
             yield Failure(key, None, FailureKind.UNAVAILABLE, "the stages are closed")
             return
         mailbox: asyncio.Queue[Outcome] = asyncio.Queue(maxsize=len(snapshot.tasks) + 1)
-        now_ms = _now_ms()
-        failures = self._queue.add(snapshot, now_ms)
+        failures = self._queue.add(snapshot, submitted_ms)
         self._mailboxes[key] = mailbox
-        self._submitted_ms[key] = now_ms
+        self._submitted_ms[key] = submitted_ms
         self._deliver_failures(failures)
         self._wakeup.set()
         num_open = len(snapshot.tasks)
@@ -115,9 +119,10 @@ class StageDriver:
         finally:
             del self._mailboxes[key]
             self._submitted_ms.pop(key, None)
+            self._wakeup.set()
             if num_open:
                 self._queue.abandon(key)
-            self._wakeup.set()
+                await self._tell_room()
 
     async def aclose(self) -> None:
         """Fail what waits, give up what is in flight, close the transport. Idempotent."""
@@ -143,7 +148,9 @@ class StageDriver:
     async def _send_forever(self) -> None:
         while True:
             self._wakeup.clear()
-            self._deliver_failures(self._queue.expire(_now_ms()))
+            if expired := self._queue.expire(_now_ms()):
+                self._deliver_failures(expired)
+                await self._tell_room()
             wait_ms = 0.0
             if self._num_encoding < self._transport.max_calls and self._queue.can_take():
                 wait_ms = 0.0 if self._queue.has_urgent_waiting else self._sent_ms + self._cadence.gather_ms - _now_ms()
@@ -172,6 +179,7 @@ class StageDriver:
             # A defect of this program must not stop the sender: every stream waits for it.
             logger.exception("a call could not be sent")
             self._fail_open([snapshot.key for snapshot in snapshots], f"internal error: {type(exc).__name__}")
+            await self._tell_room()
             await asyncio.sleep(_TICK_S)
             return
         self._observe_queue_wait(snapshots)
@@ -281,6 +289,7 @@ class StageDriver:
             self._wakeup.set()
 
     async def _tell_room(self) -> None:
+        """Let those that wait outside look again: whatever takes snapshots out of the queue must call this."""
         async with self._has_room:
             self._has_room.notify_all()
 

@@ -16,7 +16,7 @@ import torch
 from actors.audio_encoder import AudioEncoder
 from actors.decoder import Decoder
 from actors.dispatch import DispatchParams
-from actors.local_stages import LocalCall, LocalStages
+from actors.local_stages import LocalCall, LocalStages, LocalTransport
 from actors.metrics import Metrics
 from pipeline.audio.encoder_window import EncoderParams
 from pipeline.audio.utterances_to_embeddings import UtterancesToEmbeddings
@@ -186,6 +186,86 @@ async def test_many_finals_wait_outside_when_there_is_no_room(model: ModelParams
     async with open_stages(model, metrics, max_waiting_snapshots=1, max_in_flight_snapshots=2) as stages:
         results = await asyncio.gather(*(outcomes_of(stages, snapshot(number)) for number in range(1, 13)))
     assert all(isinstance(outcome, Hypothesis) for outcomes in results for outcome in outcomes)
+
+
+@dataclasses.dataclass
+class Outage:
+    """Whether the stages are gone, and what the driver's clock says."""
+
+    is_over: bool = False
+    now_ms: float = 0.0
+
+
+@pytest.fixture
+def outage(monkeypatch: pytest.MonkeyPatch) -> Outage:
+    state = Outage()
+    open_lane = LocalTransport.open_lane
+
+    @asynccontextmanager
+    async def open_lane_unless_gone(transport: LocalTransport) -> AsyncIterator[LocalTransport]:
+        if not state.is_over:
+            raise StageUnavailable("the stages are gone")
+        async with open_lane(transport) as lane:
+            yield lane
+
+    monkeypatch.setattr(LocalTransport, "open_lane", open_lane_unless_gone)
+    monkeypatch.setattr("actors.stage_driver._now_ms", lambda: state.now_ms)
+    return state
+
+
+async def submit_soon(stages: LocalStages, item: Snapshot) -> asyncio.Task[list[Outcome]]:
+    task = asyncio.create_task(outcomes_of(stages, item))
+    await asyncio.sleep(0)
+    return task
+
+
+def is_unavailable(outcomes: list[Outcome]) -> bool:
+    return [isinstance(o, Failure) and o.kind is FailureKind.UNAVAILABLE for o in outcomes] == [True]
+
+
+@pytest.mark.parametrize("leaves", ["expired", "abandoned"])
+async def test_a_final_outside_enters_when_the_one_inside_leaves_unserved(
+    model: ModelParams, metrics: Metrics, outage: Outage, leaves: str
+) -> None:
+    limits = {"max_waiting_snapshots": 1, "max_final_wait_ms": 60_000}
+    async with open_stages(model, metrics, **limits) as stages, asyncio.timeout(30):
+        first = await submit_soon(stages, snapshot(1))
+        outage.now_ms = 30_000
+        second = await submit_soon(stages, snapshot(2))
+        if leaves == "expired":
+            outage.now_ms = 60_000
+            assert is_unavailable(await first)
+        else:
+            first.cancel()
+            await asyncio.wait({first})
+        outage.is_over = True
+        assert all(isinstance(outcome, Hypothesis) for outcome in await second)
+
+
+async def test_the_time_outside_counts_for_how_long_a_final_may_wait(
+    model: ModelParams, metrics: Metrics, outage: Outage
+) -> None:
+    limits = {"max_waiting_snapshots": 1, "max_final_wait_ms": 60_000}
+    async with open_stages(model, metrics, **limits) as stages, asyncio.timeout(30):
+        first = await submit_soon(stages, snapshot(1))
+        second = await submit_soon(stages, snapshot(2))
+        outage.now_ms = 50_000
+        first.cancel()
+        await asyncio.wait({first})
+        outage.now_ms = 60_000
+        assert is_unavailable(await second)
+
+
+async def test_a_final_that_finds_no_place_to_wait_is_given_up_in_time(
+    model: ModelParams, metrics: Metrics, outage: Outage
+) -> None:
+    limits = {"max_waiting_snapshots": 1, "max_final_wait_ms": 100}
+    async with open_stages(model, metrics, **limits) as stages, asyncio.timeout(30):
+        partial = await submit_soon(stages, snapshot(1, is_final=False))
+        assert is_unavailable(await outcomes_of(stages, snapshot(2)))
+        assert not partial.done()
+        outage.is_over = True
+        assert all(isinstance(outcome, Hypothesis) for outcome in await partial)
 
 
 class WatchedCall(LocalCall):
