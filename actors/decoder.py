@@ -28,6 +28,7 @@ MAX_REQUESTS = 128
 """Requests that may be with the engine; further ones wait in their calls."""
 
 _MAX_STEP_S = 60.0
+_MAX_CLOSE_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +87,7 @@ class _Cancel:
     reply: _Reply
 
 
-_Command = _Submit | _Cancel | None  # None: end
+_Command = _Submit | _Cancel | None  # None: wakes the thread, which looks whether it is to end
 
 
 class Decoder:
@@ -170,11 +171,17 @@ class Decoder:
             raise StageUnavailable(f"one decoder step has taken more than {_MAX_STEP_S:.0f} s")
 
     async def aclose(self) -> None:
-        """End the thread after its step; what is undecided fails as UNAVAILABLE. Idempotent."""
-        if not self._is_closed:
-            self._is_closed = True
-            await asyncio.to_thread(self._inbox.put, None)
-        await asyncio.to_thread(self._thread.join)
+        """End the thread after its step; what is undecided fails as UNAVAILABLE. Idempotent.
+
+        A thread whose step does not end within ten seconds is left behind; until it does, what is undecided gets no
+        outcome.
+        """
+        self._is_closed = True
+        self._put(None)
+        # A daemon: it holds up nobody's end.
+        await asyncio.to_thread(self._thread.join, _MAX_CLOSE_S)
+        if self._thread.is_alive():
+            logger.error("the decoder's thread hangs and is left behind")
 
     # -- on the event loop ------------------------------------------------------------------------
 
@@ -223,13 +230,13 @@ class Decoder:
         self._fail_rest(undecided, reason)
 
     def _step_until_closed(self, engine: DecodeEngine, undecided: dict[SnapshotKey, _Undecided]) -> None:
-        while True:
+        while not self._is_closed:
             # Waits for a command only when there is nothing to decode.
-            while not self._inbox.empty() or not engine.has_work:
+            if not self._inbox.empty() or not engine.has_work:
                 command = self._inbox.get()
-                if command is None:
-                    return
-                _obey(engine, undecided, command)
+                if command is not None:
+                    _obey(engine, undecided, command)
+                continue
             self._stepping_since = time.monotonic()
             for outcome in engine.step(_now_ms()):
                 _settle(undecided, outcome)

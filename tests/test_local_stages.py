@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import itertools
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+import threading
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -335,6 +337,66 @@ async def test_a_snapshot_that_crashes_every_decoder_is_given_up(
         assert isinstance(failure, Failure)
         assert (failure.kind, crashes) == (FailureKind.FAILED, [])
         assert all(isinstance(outcome, Hypothesis) for outcome in await outcomes_of(stages, snapshot(2)))
+
+
+@dataclasses.dataclass
+class Hang:
+    """While it is armed, the next call of a stage hangs, until that is over."""
+
+    is_armed: bool = False
+    is_over: threading.Event = dataclasses.field(default_factory=threading.Event)
+
+    def wrap(self, method: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
+        def hang_or_call(*arguments: Any) -> list[Any]:
+            if self.is_armed:
+                self.is_armed = False
+                self.is_over.wait()
+            return method(*arguments)
+
+        return hang_or_call
+
+
+@pytest.mark.parametrize("stage", ["encoder", "decoder"])
+async def test_a_stage_that_hangs_is_left_behind_and_replaced(
+    model: ModelParams, metrics: Metrics, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    hang = Hang()
+    monkeypatch.setattr("actors.audio_encoder._MAX_CALL_S", 0.0)
+    monkeypatch.setattr("actors.decoder._MAX_STEP_S", 0.0)
+    monkeypatch.setattr("actors.decoder._MAX_CLOSE_S", 0.1)
+    cls, method = (UtterancesToEmbeddings, "encode") if stage == "encoder" else (DecodeEngine, "step")
+    monkeypatch.setattr(cls, method, hang.wrap(getattr(cls, method)))
+    async with open_stages(model, metrics, call_timeout_ms=1_000, max_kills=10) as stages, asyncio.timeout(60):
+        expected = await outcomes_of(stages, snapshot(1))
+        hang.is_armed = True
+        try:
+            outcomes = await outcomes_of(stages, snapshot(1))
+        finally:
+            hang.is_over.set()
+    assert [outcome.text for outcome in outcomes if isinstance(outcome, Hypothesis)] == [
+        outcome.text for outcome in expected if isinstance(outcome, Hypothesis)
+    ]
+    assert len(expected) == len(outcomes) == 2
+
+
+async def test_an_encoder_that_failed_three_times_in_a_row_is_replaced(
+    model: ModelParams, metrics: Metrics, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    encode = UtterancesToEmbeddings.encode
+
+    def encode_or_fail(encoder: UtterancesToEmbeddings, snapshots: list[Snapshot]) -> list[Embeddings | Failure]:
+        if any(item.key.stream_id == "stream" and item.key.utterance <= 3 for item in snapshots):
+            raise MemoryError("as a real encoder would")
+        return encode(encoder, snapshots)
+
+    monkeypatch.setattr(UtterancesToEmbeddings, "encode", encode_or_fail)
+    async with open_stages(model, metrics) as stages:
+        for number in range(1, 4):
+            [failure] = await outcomes_of(stages, snapshot(number))
+            assert isinstance(failure, Failure)
+        assert "replacing" not in caplog.text
+        assert all(isinstance(outcome, Hypothesis) for outcome in await outcomes_of(stages, snapshot(4)))
+    assert "replacing the audio encoder: the encoder failed 3 times in a row" in caplog.text
 
 
 async def test_a_crashed_decoder_says_so(model: ModelParams, crashes: list[int]) -> None:
