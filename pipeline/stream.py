@@ -319,6 +319,8 @@ class Stream:
             return
         utterance = self._open.pop(event.channel)
         end_sample = min(event.end_sample, self.chunker.end_sample)
+        if end_sample <= utterance.start_sample:
+            return  # it began behind a cut in the padding of the last chunk: there is no sound, and no partial, of it
         snapshot = self._snapshot(utterance, end_sample, is_final=True)
         self._finals_due.append(snapshot)
         self._closed[utterance.number] = FinalInProgress(
