@@ -81,14 +81,18 @@ class AudioEncoder:
         """
         if self._num_failures_in_a_row >= _MAX_FAILURES_IN_A_ROW:
             raise StageUnavailable(f"the encoder failed {self._num_failures_in_a_row} times in a row")
-        since = self._computing_since
-        if since is not None and time.monotonic() - since > _MAX_CALL_S:
+        if self._is_hanging():
             raise StageUnavailable(f"the encoder has worked on one call for more than {_MAX_CALL_S:.0f} s")
 
     async def aclose(self) -> None:
-        """End the threads after what they are doing. Idempotent."""
-        await asyncio.to_thread(self._thread.shutdown, cancel_futures=True)
-        await asyncio.to_thread(self._workers.shutdown)
+        """End the threads after what they are doing; those that hang are left behind. Idempotent."""
+        waits = not self._is_hanging()
+        await asyncio.to_thread(self._thread.shutdown, wait=waits, cancel_futures=True)
+        await asyncio.to_thread(self._workers.shutdown, wait=waits)
+
+    def _is_hanging(self) -> bool:
+        since = self._computing_since
+        return since is not None and time.monotonic() - since > _MAX_CALL_S
 
     def _encode(self, snapshots: list[Snapshot]) -> list[Embeddings | Failure]:
         self._computing_since = time.monotonic()

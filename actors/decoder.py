@@ -28,6 +28,7 @@ MAX_REQUESTS = 128
 """Requests that may be with the engine; further ones wait in their calls."""
 
 _MAX_STEP_S = 60.0
+_MAX_CLOSE_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +51,7 @@ class _Reply:
     loop: asyncio.AbstractEventLoop
     outcomes: asyncio.Queue[Outcome]
     open_tasks: dict[SnapshotKey, set[Task]] = field(default_factory=dict)
+    admitted: set[SnapshotKey] = field(default_factory=set)  # those that have a place with the engine
 
     def take_note(self, outcome: Outcome) -> bool:
         """Return whether `outcome` is still expected, and expect it no more."""
@@ -85,7 +87,7 @@ class _Cancel:
     reply: _Reply
 
 
-_Command = _Submit | _Cancel | None  # None: end
+_Command = _Submit | _Cancel | None  # None: wakes the thread, which looks whether it is to end
 
 
 class Decoder:
@@ -130,27 +132,27 @@ class Decoder:
         failures = [item for item in encoded if isinstance(item, Failure)]
         for failure in failures:
             yield failure
-        jobs = [
-            (request, item) for request, item in zip(requests, encoded, strict=True) if isinstance(item, Embeddings)
-        ]
-        num_admitted = 0
-        try:
-            for request, embeddings in jobs:
-                await self._room.acquire()
-                num_admitted += 1
-                reply.open_tasks[request.key] = set(request.tasks)
+        jobs = []
+        for request, item in zip(requests, encoded, strict=True):
+            if isinstance(item, Embeddings):
                 in_ms = request.deadline_in_ms
-                deadline_ms = None if in_ms is None else arrived_ms + in_ms
-                self._submit(_Submit(request, embeddings, reply, deadline_ms))
+                jobs.append(_Submit(request, item, reply, None if in_ms is None else arrived_ms + in_ms))
+                reply.open_tasks[request.key] = set(request.tasks)
+        # Beside the reading of outcomes: it is answers that make room, perhaps for the rest of this very call.
+        admission = asyncio.create_task(self._admit(jobs, reply), name="decoder-admission")
+        try:
             while reply.open_tasks:
                 outcome = await reply.outcomes.get()
                 if reply.take_note(outcome):
+                    if outcome.key not in reply.open_tasks:
+                        self._leave(reply, outcome.key)
                     yield outcome
         finally:
-            for key in reply.open_tasks:
+            admission.cancel()
+            for key in list(reply.admitted):
                 self._put(_Cancel(key, reply))
-            for _ in range(num_admitted):
-                self._room.release()
+                self._leave(reply, key)
+            await asyncio.wait({admission})
 
     def info(self) -> DecoderInfo:
         """Return what this replica is."""
@@ -169,13 +171,29 @@ class Decoder:
             raise StageUnavailable(f"one decoder step has taken more than {_MAX_STEP_S:.0f} s")
 
     async def aclose(self) -> None:
-        """End the thread after its step; what is undecided fails as UNAVAILABLE. Idempotent."""
-        if not self._is_closed:
-            self._is_closed = True
-            await asyncio.to_thread(self._inbox.put, None)
-        await asyncio.to_thread(self._thread.join)
+        """End the thread after its step; what is undecided fails as UNAVAILABLE. Idempotent.
+
+        A thread whose step does not end within ten seconds is left behind; until it does, what is undecided gets no
+        outcome.
+        """
+        self._is_closed = True
+        self._put(None)
+        # A daemon: it holds up nobody's end.
+        await asyncio.to_thread(self._thread.join, _MAX_CLOSE_S)
+        if self._thread.is_alive():
+            logger.error("the decoder's thread hangs and is left behind")
 
     # -- on the event loop ------------------------------------------------------------------------
+
+    async def _admit(self, jobs: list[_Submit], reply: _Reply) -> None:
+        for job in jobs:
+            await self._room.acquire()
+            reply.admitted.add(job.request.key)
+            self._submit(job)
+
+    def _leave(self, reply: _Reply, key: SnapshotKey) -> None:
+        reply.admitted.remove(key)
+        self._room.release()
 
     def _submit(self, command: _Submit) -> None:
         is_sent = not self._is_closed and self._put(command)
@@ -212,13 +230,13 @@ class Decoder:
         self._fail_rest(undecided, reason)
 
     def _step_until_closed(self, engine: DecodeEngine, undecided: dict[SnapshotKey, _Undecided]) -> None:
-        while True:
+        while not self._is_closed:
             # Waits for a command only when there is nothing to decode.
-            while not self._inbox.empty() or not engine.has_work:
+            if not self._inbox.empty() or not engine.has_work:
                 command = self._inbox.get()
-                if command is None:
-                    return
-                _obey(engine, undecided, command)
+                if command is not None:
+                    _obey(engine, undecided, command)
+                continue
             self._stepping_since = time.monotonic()
             for outcome in engine.step(_now_ms()):
                 _settle(undecided, outcome)

@@ -334,11 +334,13 @@ class DispatchQueue:
 
 
 def is_opening(snapshot: Snapshot) -> bool:
-    """Whether this is one of the first partials of an utterance of which nothing was shown yet, as it carries no draft.
+    """Whether this is one of the first partials of an utterance of which nothing was shown yet: it carries no text.
 
-    One of noise never has a draft, and counts for as many partials only as the stream takes at the minimum cadence.
+    Text is a draft, or a prefix: words that are stable, behind which there may be none yet. One of noise never has any,
+    and counts for as many partials only as the stream takes at the minimum cadence.
     """
-    return not snapshot.is_final and not snapshot.draft and snapshot.key.revision <= NUM_OPENING_SNAPSHOTS
+    has_text = bool(snapshot.prefix or snapshot.draft)
+    return not snapshot.is_final and not has_text and snapshot.key.revision <= NUM_OPENING_SNAPSHOTS
 
 
 def _utterance_of(key: SnapshotKey) -> UtteranceKey:

@@ -50,7 +50,7 @@ class LocalStages(StageDriver):
             asyncio.to_thread(AudioEncoder, model, encoder_params),
             asyncio.to_thread(Decoder, model, decoder_params),
         )
-        transport = LocalTransport(encoder, decoder, model, decoder_params)
+        transport = LocalTransport(encoder, decoder, model, encoder_params, decoder_params)
         cost = CostModel(encoder.info().cost.estimate_ms, encoder.info().num_side_by_side)
         stages = cls(
             transport, stages_info(encoder.info(), decoder.info()), dispatch, cost, metrics, snapshots=snapshots
@@ -60,26 +60,38 @@ class LocalStages(StageDriver):
 
 
 class LocalTransport:
-    """One encoder, one decoder; a decoder whose engine crashed is replaced before the next call."""
+    """One encoder, one decoder; one that crashed or hangs is replaced before the next call."""
 
     max_calls = 1
     """The encoder takes its next call at once, so a second one waiting would only be staler."""
 
     def __init__(
-        self, encoder: AudioEncoder, decoder: Decoder, model: ModelParams, decoder_params: DecoderParams
+        self,
+        encoder: AudioEncoder,
+        decoder: Decoder,
+        model: ModelParams,
+        encoder_params: EncoderParams,
+        decoder_params: DecoderParams,
     ) -> None:
         self._encoder = encoder
         self._decoder = decoder
         self._model = model
+        self._encoder_params = encoder_params
         self._decoder_params = decoder_params
 
     @asynccontextmanager
     async def open_lane(self) -> AsyncIterator[LocalTransport]:
-        """Yield at once, with a decoder that works."""
+        """Yield at once, with an encoder and a decoder that work."""
+        try:
+            self._encoder.check_health()
+        except StageUnavailable as exc:
+            logger.warning("replacing the audio encoder: %s", exc)
+            await self._encoder.aclose()
+            self._encoder = await asyncio.to_thread(AudioEncoder, self._model, self._encoder_params)
         try:
             self._decoder.check_health()
-        except StageUnavailable:
-            logger.warning("replacing the decoder")
+        except StageUnavailable as exc:
+            logger.warning("replacing the decoder: %s", exc)
             await self._decoder.aclose()
             self._decoder = await asyncio.to_thread(Decoder, self._model, self._decoder_params)
         yield self

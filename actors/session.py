@@ -9,13 +9,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable
+from contextlib import aclosing
 from datetime import UTC, datetime
 from enum import StrEnum
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 from actors.publisher import Publisher, StreamWriter
 from actors.stages import Stages, StagesInfo
-from ingest.source import AudioBlock, Source, SourceGap
+from ingest.source import Source, SourceGap, SourceItem
 from pipeline.audio.samples_to_chunks import by_chunk_index
 from pipeline.errors import ConfigError, MediaError
 from pipeline.items import Outcome, Snapshot
@@ -165,13 +166,13 @@ class Session:
         await self._publish(stream)
         stop = asyncio.create_task(self._stop.wait())
         items = aiter(self._source)
+        item: asyncio.Future[SourceItem] | None = None
         try:
             while True:
                 item = asyncio.ensure_future(anext(items))
                 await asyncio.wait({item, stop}, return_when=asyncio.FIRST_COMPLETED)
-                if not item.done():
-                    item.cancel()
-                    await asyncio.wait({item})
+                # A stop also ends the hearing of a source that always has its next item ready.
+                if self._stop.is_set() or not item.done():
                     return None
                 await self._hear(stream, item.result())
         except StopAsyncIteration:
@@ -179,10 +180,13 @@ class Session:
         except MediaError as exc:
             return str(exc)
         finally:
-            stop.cancel()
-            await asyncio.wait({stop})
+            # Whatever ended this: a source is closed only when nobody waits for it any more.
+            waiting: list[asyncio.Future[Any]] = [stop] if item is None else [stop, item]
+            for future in waiting:
+                future.cancel()
+            await asyncio.gather(*waiting, return_exceptions=True)
 
-    async def _hear(self, stream: Stream, item: AudioBlock | SourceGap) -> None:
+    async def _hear(self, stream: Stream, item: SourceItem) -> None:
         if isinstance(item, SourceGap):
             heard = stream.chunker.push_gap(item.num_samples, item.reason)
         else:
@@ -221,14 +225,15 @@ class Session:
             tasks.create_task(self._serve(stream, snapshot), name=f"snapshot-{snapshot.key.utterance}")
 
     async def _serve(self, stream: Stream, snapshot: Snapshot) -> None:
-        async for outcome in self._stages.submit(snapshot):
-            stream.accept(outcome)
-            if self._observer is not None:
-                self._observer.on_outcome(snapshot, outcome)
-            self._submit_due(stream)
-            await self._publish(stream)
-            async with self._progress:
-                self._progress.notify_all()
+        async with aclosing(self._stages.submit(snapshot)) as outcomes:
+            async for outcome in outcomes:
+                stream.accept(outcome)
+                if self._observer is not None:
+                    self._observer.on_outcome(snapshot, outcome)
+                self._submit_due(stream)
+                await self._publish(stream)
+                async with self._progress:
+                    self._progress.notify_all()
 
     async def _publish(self, stream: Stream) -> None:
         """Publish what the stream has made, in order; waits while Redis is behind."""

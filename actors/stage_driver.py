@@ -93,17 +93,21 @@ class StageDriver:
 
     async def submit(self, snapshot: Snapshot) -> AsyncGenerator[Outcome, None]:
         """Yield one outcome for each task of `snapshot` (see `Stages.submit`)."""
-        key = snapshot.key
-        async with self._has_room:
-            await self._has_room.wait_for(lambda: self._is_closed or self._may_enter(snapshot))
+        key, params, submitted_ms = snapshot.key, self._params, _now_ms()
+        wait_ms = params.max_final_wait_ms if snapshot.is_final else params.max_partial_wait_ms
+        try:
+            async with asyncio.timeout(wait_ms / 1_000), self._has_room:
+                await self._has_room.wait_for(lambda: self._is_closed or self._may_enter(snapshot))
+        except TimeoutError:
+            yield Failure(key, None, FailureKind.UNAVAILABLE, f"no place to wait within {wait_ms / 1_000:.1f} s")
+            return
         if self._is_closed or self._sender is None:
             yield Failure(key, None, FailureKind.UNAVAILABLE, "the stages are closed")
             return
         mailbox: asyncio.Queue[Outcome] = asyncio.Queue(maxsize=len(snapshot.tasks) + 1)
-        now_ms = _now_ms()
-        failures = self._queue.add(snapshot, now_ms)
+        failures = self._queue.add(snapshot, submitted_ms)
         self._mailboxes[key] = mailbox
-        self._submitted_ms[key] = now_ms
+        self._submitted_ms[key] = submitted_ms
         self._deliver_failures(failures)
         self._wakeup.set()
         num_open = len(snapshot.tasks)
@@ -115,9 +119,10 @@ class StageDriver:
         finally:
             del self._mailboxes[key]
             self._submitted_ms.pop(key, None)
+            self._wakeup.set()
             if num_open:
                 self._queue.abandon(key)
-            self._wakeup.set()
+                await self._tell_room()
 
     def withdraw(self, key: SnapshotKey) -> None:
         """Fail `key` as superseded (see `Stages.withdraw`)."""
@@ -151,7 +156,9 @@ class StageDriver:
     async def _send_forever(self) -> None:
         while True:
             self._wakeup.clear()
-            self._deliver_failures(self._queue.expire(_now_ms()))
+            if expired := self._queue.expire(_now_ms()):
+                self._deliver_failures(expired)
+                await self._tell_room()
             wait_ms = 0.0
             if self._num_encoding < self._transport.max_calls and self._queue.can_take():
                 wait_ms = 0.0 if self._queue.has_urgent_waiting else self._sent_ms + self._cadence.gather_ms - _now_ms()
@@ -180,6 +187,7 @@ class StageDriver:
             # A defect of this program must not stop the sender: every stream waits for it.
             logger.exception("a call could not be sent")
             self._fail_open([snapshot.key for snapshot in snapshots], f"internal error: {type(exc).__name__}")
+            await self._tell_room()
             await asyncio.sleep(_TICK_S)
             return
         self._observe_queue_wait(snapshots)
@@ -194,17 +202,19 @@ class StageDriver:
         return DecodeRequest.of(snapshot, None if snapshot.is_final else self._partial_deadline_ms)
 
     async def _carry(self, call: StageCall, snapshots: list[Snapshot]) -> None:
-        keys = [snapshot.key for snapshot in snapshots]
+        # What this call still owes. A key that it has answered is none of its business: it may be in flight anew.
+        open_keys = [snapshot.key for snapshot in snapshots]
         encoding = asyncio.create_task(self._watch_encoding(call, snapshots), name="stage-encoding")
         try:
-            await self._receive(call, keys, encoding)
+            await self._receive(call, open_keys, encoding)
         except StageUnavailable as exc:
-            logger.warning("a stage was lost under %d snapshots: %s", len(keys), exc)
-            self._lose(keys, str(exc))
+            if open_keys:
+                logger.warning("a stage was lost under %d snapshots: %s", len(open_keys), exc)
+                self._lose(open_keys, str(exc))
         except Exception as exc:
             # A defect of this program, not of a stage. Its snapshots fail; other calls and streams go on.
             logger.exception("a call failed")
-            self._fail_open(keys, f"internal error: {type(exc).__name__}")
+            self._fail_open(open_keys, f"internal error: {type(exc).__name__}")
         finally:
             encoding.cancel()
             await asyncio.wait({encoding})
@@ -213,7 +223,11 @@ class StageDriver:
             self._wakeup.set()
             await self._tell_room()
 
-    async def _receive(self, call: StageCall, keys: list[SnapshotKey], encoding: asyncio.Task[float]) -> None:
+    async def _receive(self, call: StageCall, open_keys: list[SnapshotKey], encoding: asyncio.Task[float]) -> None:
+        """Deliver the outcomes of `call`, taking from `open_keys` what is answered, to its end.
+
+        One that has answered everything ends by itself; only what nobody waits for is given up before.
+        """
         lost: list[SnapshotKey] = []
         reason = ""
         async with aclosing(call.outcomes()) as raw, aclosing(self._patiently(raw)) as outcomes:
@@ -222,16 +236,18 @@ class StageDriver:
                     lost.append(outcome.key)
                     reason = outcome.message
                     continue
-                if self._queue.answer(outcome):
+                if outcome.key in open_keys and self._queue.answer(outcome):
                     self._deliver(outcome)
                     self._note_decoded(call, outcome.key)
+                    if not self._queue.is_in_flight(outcome.key):
+                        open_keys.remove(outcome.key)
                     if encoding.done() and not encoding.cancelled():
                         self._metrics.decode_ms.observe((time.perf_counter() - encoding.result()) * 1_000)
-                if self._queue.is_abandoned(keys):
+                if open_keys and self._queue.is_abandoned(open_keys):
                     break
         if lost:
             self._lose(lost, reason)
-        self._fail_open(keys, "the decoder ended without an outcome")
+        self._fail_open(open_keys, "the decoder ended without an outcome")
 
     async def _patiently(self, outcomes: AsyncGenerator[Outcome, None]) -> AsyncGenerator[Outcome, None]:
         """Yield from `outcomes`; raise StageUnavailable when they stop coming.
@@ -281,6 +297,7 @@ class StageDriver:
             self._wakeup.set()
 
     async def _tell_room(self) -> None:
+        """Let those that wait outside look again: whatever takes snapshots out of the queue must call this."""
         async with self._has_room:
             self._has_room.notify_all()
 

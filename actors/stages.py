@@ -5,7 +5,7 @@ Two implementations: `actors/serve_stages.py` (Ray Serve deployments) and `actor
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -36,11 +36,12 @@ class Stages(Protocol):
         """New sound between two partials of an utterance that the stages can bear now, in milliseconds."""
         ...
 
-    def submit(self, snapshot: Snapshot) -> AsyncIterator[Outcome]:
+    def submit(self, snapshot: Snapshot) -> AsyncGenerator[Outcome, None]:
         """Yield one outcome for each task of `snapshot`, each as soon as it is ready.
 
         A `Failure` with `task=None` stands for all tasks still open and ends the iteration. Never raises for what
-        happens to the snapshot; cancellation of the consumer cancels the work where that is possible.
+        happens to the snapshot; a consumer that goes away closes the generator, which cancels the work where that is
+        possible.
         """
         ...
 

@@ -131,13 +131,17 @@ class FinalInProgress:
             self._look_again_or_finish(outcome)
 
     def _accept_look(self, look: _Look, outcome: Outcome) -> None:
-        """Put in what a second look found; one that failed changes nothing: the first look stands."""
+        """Put in what a second look found; finish when it failed."""
         self._look = None
         transcription = self._transcription
         if transcription is None:
             raise RuntimeError("a second look came before the first")
+        if isinstance(outcome, Failure):
+            # The text is known. Stages that fail may take minutes to say so, each time, and all later finals wait.
+            self._done(TRANSCRIBE, transcription)
+            return
         found: Hypothesis | None = None
-        if isinstance(outcome, Hypothesis) and outcome.average_logprob >= self._params.min_logprob:
+        if outcome.average_logprob >= self._params.min_logprob:
             offset_samples = look.snapshot.start_sample - self._snapshot.start_sample
             found = put_in(transcription, outcome, look.stretch, offset_samples)
         self._transcription = found or transcription

@@ -202,7 +202,6 @@ class Hypothesis:
     tokens: tuple[int, ...]
     words: tuple[Word, ...]
     language: str
-    language_source: str  # "given" or "detected"
     average_logprob: float
     no_speech_probability: float
     num_passes: int

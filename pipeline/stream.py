@@ -161,7 +161,6 @@ class Stream:
         for utterance in sorted(self._open.values(), key=lambda u: u.number):
             end_sample = self._tails[utterance.channel].end_sample
             if has_early and utterance.early is None and end_sample >= self._end_of_final(utterance):
-                # All the sound that the final would have is there, though the pause may not be the end.
                 snapshot = self._snapshot(utterance, self._end_of_final(utterance), is_final=True)
                 utterance.early = self._begin_final(utterance, snapshot, utterance.speech_end_sample)
                 due.append(snapshot)
@@ -348,6 +347,8 @@ class Stream:
             return
         utterance = self._open.pop(event.channel)
         end_sample = min(event.end_sample, self.chunker.end_sample)
+        if end_sample <= utterance.start_sample:
+            return  # it began behind a cut in the padding of the last chunk
         final = utterance.early
         if final is None or final.end_sample != end_sample:
             self._void_keys += utterance.forget_early()

@@ -16,7 +16,7 @@ from transformers import WhisperForConditionalGeneration
 
 from pipeline.decode.embeddings_to_hypotheses import DecodeEngine, DecoderParams, DecoderParts
 from pipeline.decode.guards import GuardParams
-from pipeline.decode.runner import Row
+from pipeline.decode.runner import Lease, Row, TimedText
 from pipeline.decode.scheduler import SchedulerParams
 from pipeline.items import (
     TRANSCRIBE,
@@ -345,6 +345,51 @@ def test_numbers_that_go_bad_while_decoding_fail_their_own_request_only(tiny_par
     assert open_slots(tiny_parts) == 0
 
 
+def test_a_context_that_cannot_be_written_fails_its_own_request_only_and_leaves_its_slot_free(
+    tiny_parts: DecoderParts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = tiny_engine(tiny_parts, num_slots=2)
+    alone = answer(engine, request(key(1)), random_embeddings(1, num_positions=60))
+    assert isinstance(tiny_parts.runner, WhisperRunner)
+    memory = tiny_parts.runner.decoder.memory
+    with monkeypatch.context() as patch:
+        # Keys of 120 positions can be written, their values cannot.
+        patch.setattr(memory, "context_values", memory.context_values[:, :, :, :100])
+        for utterance, num_positions in ((1, 60), (2, 120), (3, 120), (4, 120)):
+            embeddings = random_embeddings(utterance, num_positions=num_positions)
+            engine.submit(request(key(utterance)), replace(embeddings, key=key(utterance)))
+        outcomes = run_dry(engine)
+    assert [content(o) for o in outcomes if o.key == key(1)] == [content(o) for o in alone]
+    failures = [outcome for outcome in outcomes if isinstance(outcome, Failure)]
+    assert [failure.key for failure in failures] == [key(2), key(3), key(4)]
+    assert all("failed on this snapshot: RuntimeError" in failure.message for failure in failures)
+    assert open_slots(tiny_parts) == 0
+    assert isinstance(hypothesis_of(answer(engine, request(key(2)), random_embeddings(2))), Hypothesis)
+
+
+def test_words_that_get_no_times_fail_their_own_request_only(
+    tiny_parts: DecoderParts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = tiny_engine(tiny_parts)
+    alone = answer(engine, request(key(1)), random_embeddings(1))
+    words = WhisperRunner.words
+
+    def words_or_error(runner: WhisperRunner, lease: Lease, text: TimedText, num_audio_samples: int) -> object:
+        if lease.num_context_positions == 60:
+            raise IndexError("as a real runner would")
+        return words(runner, lease, text, num_audio_samples)
+
+    monkeypatch.setattr(WhisperRunner, "words", words_or_error)
+    engine.submit(request(key(1)), replace(random_embeddings(1), key=key(1)))
+    asked = request(key(2), tasks=(TRANSCRIBE, TO_ENGLISH))
+    engine.submit(asked, replace(random_embeddings(2, num_positions=60), key=key(2)))
+    outcomes = run_dry(engine)
+    assert [content(o) for o in outcomes if o.key == key(1)] == [content(o) for o in alone]
+    message = "the decoder failed on this snapshot: IndexError: as a real runner would"
+    assert [o for o in outcomes if o.key == key(2)] == [Failure(key(2), None, FailureKind.FAILED, message)]
+    assert open_slots(tiny_parts) == 0
+
+
 def test_a_target_language_that_the_model_lacks_fails_that_task_only(tiny_parts: DecoderParts) -> None:
     asked = request(key(), language="de", tasks=(TRANSCRIBE, TO_FRENCH, TO_ENGLISH))
     first, second, third = answer(tiny_engine(tiny_parts), asked, random_embeddings(1))
@@ -498,11 +543,10 @@ def test_hidden_states_have_the_same_bits_however_the_rows_are_cut_and_mixed(utt
 def test_the_language_is_detected_among_those_allowed(utterances: list[Embeddings], finals: list[Hypothesis]) -> None:
     engine = base_engine()
     free = hypothesis_of(answer(engine, request(key(), language=None), utterances[1]))
-    assert (free.language, free.language_source, free.tokens) == ("en", "detected", finals[1].tokens)
+    assert (free.language, free.tokens) == ("en", finals[1].tokens)
     bound = hypothesis_of(answer(engine, request(key(), language=None, languages=("de", "xx", "ja")), utterances[1]))
     assert bound.language in {"de", "ja"}
     given_one = hypothesis_of(answer(engine, request(key(), language=bound.language), utterances[1]))
-    assert given_one.language_source == "given"
     assert given_one.tokens == bound.tokens
 
 

@@ -27,6 +27,7 @@ def snapshot(
     num_samples: int = 16_000,
     stream: str = "a",
     draft: tuple[int, ...] = (),
+    prefix: tuple[int, ...] = (),
 ) -> Snapshot:
     return Snapshot(
         key=SnapshotKey(stream, utterance, revision),
@@ -38,6 +39,7 @@ def snapshot(
         languages=(),
         draft=draft,
         tasks=(TRANSCRIBE, ENGLISH) if is_final else (TRANSCRIBE,),
+        prefix=prefix,
     )
 
 
@@ -74,6 +76,15 @@ def test_utterances_that_show_nothing_yet_go_before_others_but_not_for_ever() ->
     assert [queue.take(639), queue.take(639)] == [[final], [new, shown, noise]]
     queue = queue_of(shown, noise, new, final, max_work_ms=1_000, max_overtaken_ms=640)
     assert queue.take(640) == [final, shown, noise, new]
+
+
+def test_an_utterance_with_stable_words_is_not_new_though_it_has_no_draft() -> None:
+    shown, new = snapshot(1, 3, prefix=(7,)), snapshot(2, 3)
+    queue = queue_of(shown, max_work_ms=1_000)
+    assert not queue.has_urgent_waiting
+    assert queue.add(new, now_ms=0) == []
+    assert queue.has_urgent_waiting
+    assert queue.take(0) == [new, shown]
 
 
 @given(

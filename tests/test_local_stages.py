@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import itertools
-from collections.abc import AsyncIterator, Iterator
+import threading
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,12 +18,13 @@ import torch
 from actors.audio_encoder import AudioEncoder
 from actors.decoder import Decoder
 from actors.dispatch import DispatchParams
-from actors.local_stages import LocalStages
+from actors.local_stages import LocalCall, LocalStages, LocalTransport
 from actors.metrics import Metrics
 from actors.stage_driver import stages_info
 from pipeline.audio.encoder_window import EncoderParams
 from pipeline.audio.utterances_to_embeddings import UtterancesToEmbeddings
 from pipeline.decode.embeddings_to_hypotheses import DecodeEngine, DecoderParams
+from pipeline.decode.scheduler import SchedulerParams
 from pipeline.errors import ModelError, StageUnavailable
 from pipeline.items import (
     TRANSCRIBE,
@@ -223,6 +226,113 @@ async def test_many_finals_wait_outside_when_there_is_no_room(model: ModelParams
     assert all(isinstance(outcome, Hypothesis) for outcomes in results for outcome in outcomes)
 
 
+@dataclasses.dataclass
+class Outage:
+    """Whether the stages are gone, and what the driver's clock says."""
+
+    is_over: bool = False
+    now_ms: float = 0.0
+
+
+@pytest.fixture
+def outage(monkeypatch: pytest.MonkeyPatch) -> Outage:
+    state = Outage()
+    open_lane = LocalTransport.open_lane
+
+    @asynccontextmanager
+    async def open_lane_unless_gone(transport: LocalTransport) -> AsyncIterator[LocalTransport]:
+        if not state.is_over:
+            raise StageUnavailable("the stages are gone")
+        async with open_lane(transport) as lane:
+            yield lane
+
+    monkeypatch.setattr(LocalTransport, "open_lane", open_lane_unless_gone)
+    monkeypatch.setattr("actors.stage_driver._now_ms", lambda: state.now_ms)
+    return state
+
+
+async def submit_soon(stages: LocalStages, item: Snapshot) -> asyncio.Task[list[Outcome]]:
+    task = asyncio.create_task(outcomes_of(stages, item))
+    await asyncio.sleep(0)
+    return task
+
+
+def is_unavailable(outcomes: list[Outcome]) -> bool:
+    return [isinstance(o, Failure) and o.kind is FailureKind.UNAVAILABLE for o in outcomes] == [True]
+
+
+@pytest.mark.parametrize("leaves", ["expired", "abandoned"])
+async def test_a_final_outside_enters_when_the_one_inside_leaves_unserved(
+    model: ModelParams, metrics: Metrics, outage: Outage, leaves: str
+) -> None:
+    limits = {"max_waiting_snapshots": 1, "max_final_wait_ms": 60_000}
+    async with open_stages(model, metrics, **limits) as stages, asyncio.timeout(30):
+        first = await submit_soon(stages, snapshot(1))
+        outage.now_ms = 30_000
+        second = await submit_soon(stages, snapshot(2))
+        if leaves == "expired":
+            outage.now_ms = 60_000
+            assert is_unavailable(await first)
+        else:
+            first.cancel()
+            await asyncio.wait({first})
+        outage.is_over = True
+        assert all(isinstance(outcome, Hypothesis) for outcome in await second)
+
+
+async def test_the_time_outside_counts_for_how_long_a_final_may_wait(
+    model: ModelParams, metrics: Metrics, outage: Outage
+) -> None:
+    limits = {"max_waiting_snapshots": 1, "max_final_wait_ms": 60_000}
+    async with open_stages(model, metrics, **limits) as stages, asyncio.timeout(30):
+        first = await submit_soon(stages, snapshot(1))
+        second = await submit_soon(stages, snapshot(2))
+        outage.now_ms = 50_000
+        first.cancel()
+        await asyncio.wait({first})
+        outage.now_ms = 60_000
+        assert is_unavailable(await second)
+
+
+async def test_a_final_that_finds_no_place_to_wait_is_given_up_in_time(
+    model: ModelParams, metrics: Metrics, outage: Outage
+) -> None:
+    limits = {"max_waiting_snapshots": 1, "max_final_wait_ms": 100}
+    async with open_stages(model, metrics, **limits) as stages, asyncio.timeout(30):
+        partial = await submit_soon(stages, snapshot(1, is_final=False))
+        assert is_unavailable(await outcomes_of(stages, snapshot(2)))
+        assert not partial.done()
+        outage.is_over = True
+        assert all(isinstance(outcome, Hypothesis) for outcome in await partial)
+
+
+class WatchedCall(LocalCall):
+    """Tells, when it is closed, whether all of its outcomes were taken, to their end."""
+
+    closed: asyncio.Queue[bool]
+    has_ended = False
+
+    async def outcomes(self) -> AsyncGenerator[Outcome, None]:
+        async with aclosing(super().outcomes()) as outcomes:
+            async for outcome in outcomes:
+                yield outcome
+        self.has_ended = True
+
+    async def aclose(self) -> None:
+        await super().aclose()
+        self.closed.put_nowait(self.has_ended)
+
+
+async def test_a_call_that_is_answered_runs_to_its_end(
+    model: ModelParams, metrics: Metrics, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(WatchedCall, "closed", asyncio.Queue(), raising=False)
+    monkeypatch.setattr("actors.local_stages.LocalCall", WatchedCall)
+    async with open_stages(model, metrics) as stages, asyncio.timeout(60):
+        await asyncio.gather(*(outcomes_of(stages, snapshot(number, is_final=number > 1)) for number in (1, 2, 3)))
+        assert await WatchedCall.closed.get()
+
+
 @pytest.fixture
 def crashes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """A list of how many steps each coming decoder makes before its engine crashes; empty: none crashes."""
@@ -285,6 +395,66 @@ async def test_an_encoder_that_fails_again_and_again_says_so(model: ModelParams)
     await encoder.aclose()
 
 
+@dataclasses.dataclass
+class Hang:
+    """While it is armed, the next call of a stage hangs, until that is over."""
+
+    is_armed: bool = False
+    is_over: threading.Event = dataclasses.field(default_factory=threading.Event)
+
+    def wrap(self, method: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
+        def hang_or_call(*arguments: Any) -> list[Any]:
+            if self.is_armed:
+                self.is_armed = False
+                self.is_over.wait()
+            return method(*arguments)
+
+        return hang_or_call
+
+
+@pytest.mark.parametrize("stage", ["encoder", "decoder"])
+async def test_a_stage_that_hangs_is_left_behind_and_replaced(
+    model: ModelParams, metrics: Metrics, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    hang = Hang()
+    monkeypatch.setattr("actors.audio_encoder._MAX_CALL_S", 0.0)
+    monkeypatch.setattr("actors.decoder._MAX_STEP_S", 0.0)
+    monkeypatch.setattr("actors.decoder._MAX_CLOSE_S", 0.1)
+    cls, method = (UtterancesToEmbeddings, "encode") if stage == "encoder" else (DecodeEngine, "step")
+    monkeypatch.setattr(cls, method, hang.wrap(getattr(cls, method)))
+    async with open_stages(model, metrics, call_timeout_ms=1_000, max_kills=10) as stages, asyncio.timeout(60):
+        expected = await outcomes_of(stages, snapshot(1))
+        hang.is_armed = True
+        try:
+            outcomes = await outcomes_of(stages, snapshot(1))
+        finally:
+            hang.is_over.set()
+    assert [outcome.text for outcome in outcomes if isinstance(outcome, Hypothesis)] == [
+        outcome.text for outcome in expected if isinstance(outcome, Hypothesis)
+    ]
+    assert len(expected) == len(outcomes) == 2
+
+
+async def test_an_encoder_that_failed_three_times_in_a_row_is_replaced(
+    model: ModelParams, metrics: Metrics, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    encode = UtterancesToEmbeddings.encode
+
+    def encode_or_fail(encoder: UtterancesToEmbeddings, snapshots: list[Snapshot]) -> list[Embeddings | Failure]:
+        if any(item.key.stream_id == "stream" and item.key.utterance <= 3 for item in snapshots):
+            raise MemoryError("as a real encoder would")
+        return encode(encoder, snapshots)
+
+    monkeypatch.setattr(UtterancesToEmbeddings, "encode", encode_or_fail)
+    async with open_stages(model, metrics) as stages:
+        for number in range(1, 4):
+            [failure] = await outcomes_of(stages, snapshot(number))
+            assert isinstance(failure, Failure)
+        assert "replacing" not in caplog.text
+        assert all(isinstance(outcome, Hypothesis) for outcome in await outcomes_of(stages, snapshot(4)))
+    assert "replacing the audio encoder: the encoder failed 3 times in a row" in caplog.text
+
+
 async def test_a_crashed_decoder_says_so(model: ModelParams, crashes: list[int]) -> None:
     encoder = await asyncio.to_thread(AudioEncoder, model, EncoderParams())
     decoder = await asyncio.to_thread(Decoder, model, DecoderParams())
@@ -318,6 +488,32 @@ async def test_a_snapshot_sent_again_is_answered_to_the_newer_caller(model: Mode
     assert [type(outcome) for outcome in newer] == [Hypothesis, Hypothesis]
     assert isinstance(older[-1], Failure)
     assert older[-1].kind is FailureKind.UNAVAILABLE
+    await decoder.aclose()
+    await encoder.aclose()
+
+
+async def test_a_call_of_more_requests_than_the_decoder_has_room_for_is_answered(model: ModelParams) -> None:
+    encoder = await asyncio.to_thread(AudioEncoder, model, EncoderParams())
+    params = DecoderParams(scheduler=SchedulerParams(max_waiting=2))
+    decoder = await asyncio.to_thread(Decoder, model, params)
+    items = [snapshot(number) for number in range(1, 7)]
+    encoded = await encoder.encode(items)
+
+    async def ask(chosen: slice) -> list[Outcome]:
+        requests = [DecodeRequest.of(item) for item in items[chosen]]
+        return [outcome async for outcome in decoder.decode(encoded[chosen], requests)]
+
+    async with asyncio.timeout(60):
+        for _ in range(3):
+            async with aclosing(decoder.decode(encoded, [DecodeRequest.of(item) for item in items])) as outcomes:
+                await anext(outcomes)
+        # Whoever went away has left all places; calls that go on have them in turn.
+        answered = await asyncio.gather(ask(slice(0, 4)), ask(slice(4, 6)))
+    for outcomes_of_call, call_items in zip(answered, (items[:4], items[4:]), strict=True):
+        assert {(outcome.key, outcome.task) for outcome in outcomes_of_call} == {
+            (item.key, task) for item in call_items for task in (TRANSCRIBE, ENGLISH)
+        }
+        assert all(isinstance(outcome, Hypothesis) for outcome in outcomes_of_call)
     await decoder.aclose()
     await encoder.aclose()
 

@@ -46,7 +46,7 @@ def hypothesis(timed: Timed, *, has_num_tokens: bool = True) -> Hypothesis:
     )
     text = " ".join(text for text, _ in timed)
     tokens = tuple(token for word, _ in timed for token in TOKENS[word])
-    return Hypothesis(SnapshotKey("s", 1, 1), TRANSCRIBE, text, tokens, words, "en", "given", -0.1, 0.0, 1)
+    return Hypothesis(SnapshotKey("s", 1, 1), TRANSCRIBE, text, tokens, words, "en", -0.1, 0.0, 1)
 
 
 def texts_of(tokens: Sequence[int]) -> list[str]:

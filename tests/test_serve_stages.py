@@ -11,10 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import pytest_asyncio
+from ray.serve.handle import DeploymentResponseGenerator
 
 from actors.local_stages import LocalStages
 from actors.metrics import Metrics
-from actors.serve_stages import ServeStages
+from actors.serve_stages import ServeCall, ServeStages
 from actors.stage_driver import StageDriver
 from pipeline.items import TRANSCRIBE, Failure, FailureKind, Hypothesis, Outcome, Snapshot, SnapshotKey, Task, TaskKind
 from tests.media import read_pcm
@@ -131,6 +132,30 @@ async def test_a_bad_snapshot_fails_alone(ray_cluster: RayCluster, finals: list[
     assert isinstance(failure, Failure)
     assert failure.kind is FailureKind.FAILED
     assert [outcome.task for outcome in served] == [TRANSCRIBE, ENGLISH]
+
+
+async def test_a_call_that_is_answered_is_not_cancelled(
+    ray_cluster: RayCluster, finals: list[Snapshot], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    num_cancelled = 0
+    num_cancelled_when_closed: asyncio.Queue[int] = asyncio.Queue()
+    cancel, aclose = DeploymentResponseGenerator.cancel, ServeCall.aclose
+
+    def counting_cancel(response: DeploymentResponseGenerator) -> None:
+        nonlocal num_cancelled
+        num_cancelled += 1
+        cancel(response)
+
+    async def telling_aclose(call: ServeCall) -> None:
+        await aclose(call)
+        num_cancelled_when_closed.put_nowait(num_cancelled)
+
+    monkeypatch.setattr(DeploymentResponseGenerator, "cancel", counting_cancel)
+    monkeypatch.setattr(ServeCall, "aclose", telling_aclose)
+    async with open_stages(ray_cluster, Metrics()) as stages, asyncio.timeout(60):
+        for item in finals:
+            await outcomes_of(stages, item)
+            assert await num_cancelled_when_closed.get() == 0
 
 
 async def test_a_consumer_that_goes_away_leaves_the_others_served(

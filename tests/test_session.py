@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import sys
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from types import TracebackType
 from typing import Self
 
@@ -24,6 +25,7 @@ from ingest.source import AudioBlock, SourceGap, SourceInfo
 from pipeline.audio.encoder_window import EncoderParams
 from pipeline.decode.embeddings_to_hypotheses import DecoderParams
 from pipeline.errors import ConfigError, MediaError
+from pipeline.items import Outcome, Snapshot
 from pipeline.local import LocalModels, caption_samples
 from pipeline.models.weights import ModelParams
 from pipeline.records import BaseRecord, FinalRecord, HealthRecord
@@ -53,7 +55,11 @@ class SampleSource:
             codec="pcm",
         )
         self.is_closed = False
+        self.is_waited_for = False
+        self.was_waited_for_when_closed = False
         self.has_delivered_all = asyncio.Event()
+        self.num_blocks = 0
+        self.on_block: Callable[[], None] = lambda: None
         self._failure = failure
         self._waits_at_end = waits_at_end
 
@@ -64,15 +70,22 @@ class SampleSource:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.is_closed = True
+        self.was_waited_for_when_closed = self.is_waited_for
 
     async def __aiter__(self) -> AsyncIterator[AudioBlock | SourceGap]:
         for start in range(0, self.samples.shape[1], BLOCK_SAMPLES):
+            self.num_blocks += 1
+            self.on_block()
             yield AudioBlock(np.ascontiguousarray(self.samples[:, start : start + BLOCK_SAMPLES]))
         if self._failure is not None:
             raise MediaError(self._failure)
+        self.is_waited_for = self._waits_at_end
         self.has_delivered_all.set()
-        if self._waits_at_end:
-            await asyncio.Event().wait()
+        try:
+            if self._waits_at_end:
+                await asyncio.Event().wait()
+        finally:
+            self.is_waited_for = False
 
 
 async def read_all(store: Store, stream_id: str) -> list[BaseRecord]:
@@ -202,6 +215,72 @@ async def test_a_stop_turns_the_open_utterance_into_a_final(sound, local_stages:
     assert finals[0].text
     assert isinstance(records[-1], HealthRecord)
     assert records[-1].event == "ended"
+
+
+async def test_a_stop_ends_the_hearing_of_a_source_that_always_has_more(sound, local_stages: Stages, publisher, store):
+    source = SampleSource(sound)
+    session = Session("s", StreamParams(), source, local_stages, publisher)
+
+    def stop_at_block_30() -> None:
+        if source.num_blocks == 30:
+            session.request_stop()
+
+    source.on_block = stop_at_block_30
+    await run_session(session)
+    assert source.num_blocks == 30
+    last = (await read_all(store, "s"))[-1]
+    assert isinstance(last, HealthRecord)
+    assert (last.event, last.end_ms) == ("ended", 29 * BLOCK_SAMPLES * 1_000 // SAMPLE_RATE_HZ)
+
+
+async def test_a_session_that_is_cancelled_waits_for_its_source_no_more_when_it_closes_it(
+    sound, local_stages: Stages, publisher
+):
+    source = SampleSource(sound[: 2 * SAMPLE_RATE_HZ], waits_at_end=True)
+    session = Session("s", StreamParams(), source, local_stages, publisher)
+    await session.open()
+    running = asyncio.create_task(session.run())
+    await source.has_delivered_all.wait()
+    assert source.is_waited_for
+    running.cancel()
+    await asyncio.wait({running})
+    assert running.cancelled()
+    assert source.is_closed
+    assert not source.was_waited_for_when_closed
+
+
+class FailingObserver:
+    """Fails at the first outcome."""
+
+    def on_record(self, record: BaseRecord) -> None: ...
+
+    def on_snapshot(self, snapshot: Snapshot) -> None: ...
+
+    def on_outcome(self, snapshot: Snapshot, outcome: Outcome) -> None:
+        raise ArithmeticError(f"cannot count {outcome.key} of {snapshot.key}")
+
+
+async def test_a_session_that_breaks_leaves_no_snapshot_to_the_garbage_collector(
+    sound, local_stages: Stages, publisher
+):
+    left: list[str] = []
+    hooks = sys.get_asyncgen_hooks()
+
+    def note(generator: AsyncGenerator[object, None]) -> None:
+        left.append(generator.__qualname__)
+        assert hooks.finalizer is not None
+        hooks.finalizer(generator)
+
+    session = Session("s", StreamParams(), SampleSource(sound), local_stages, publisher, observer=FailingObserver())
+    await session.open()
+    sys.set_asyncgen_hooks(finalizer=note)
+    try:
+        with pytest.raises(ArithmeticError):
+            await session.run()
+    finally:
+        sys.set_asyncgen_hooks(finalizer=hooks.finalizer)
+    assert session.state is SessionState.BROKEN
+    assert "StageDriver.submit" not in left
 
 
 async def test_a_source_that_fails_midway_gives_its_final_then_a_failed_record(

@@ -35,7 +35,7 @@ def words(*timed: tuple[str, float, float]) -> tuple[Word, ...]:
 def hypothesis(*timed: tuple[str, float, float], joint: str = " ", **changes: object) -> Hypothesis:
     spoken = words(*timed)
     text = joint.join(word.text for word in spoken)
-    made = Hypothesis(KEY, TRANSCRIBE, text, tuple(range(len(spoken))), spoken, "en", "given", -0.2, 0.0, 1)
+    made = Hypothesis(KEY, TRANSCRIBE, text, tuple(range(len(spoken))), spoken, "en", -0.2, 0.0, 1)
     return replace(made, **changes)
 
 
@@ -178,6 +178,23 @@ def test_a_failed_second_look_leaves_the_first(speech):
     assert final.is_done
 
 
+@pytest.mark.parametrize("num_found", [0, 1])
+def test_after_a_second_look_that_failed_nothing_else_is_looked_at(speech, num_found):
+    final, snapshot = in_progress(read_pcm(speech)[: 16_000 * 12])
+    said = hypothesis(*((f"w{n}", n * 2.0, n * 2.0 + 0.3) for n in range(5)))
+    assert records_of(final, replace(said, key=snapshot.key)) == []
+    for _ in range(num_found):
+        look = final.take_snapshot()
+        assert look is not None
+        assert records_of(final, hypothesis(("found", 0.5, 1.0), key=look.key)) == []
+    look = final.take_snapshot()
+    assert look is not None
+    ((task, record),) = records_of(final, Failure(look.key, None, FailureKind.UNAVAILABLE, "no stage took it"))
+    assert (task, record.text) == (TRANSCRIBE, " ".join(["w0", *["found"] * num_found, "w1 w2 w3 w4"]))
+    assert final.is_done
+    assert final.take_snapshot() is None
+
+
 def test_a_translation_that_fails_takes_nothing_from_a_transcription_that_is_looked_at_again(speech):
     english = Task(TaskKind.TRANSLATE, "en")
     final, snapshot = in_progress(read_pcm(speech)[: 16_000 * 6], tasks=(TRANSCRIBE, english))
@@ -207,7 +224,7 @@ def test_looks_are_bounded(speech):
         look = final.take_snapshot()
         assert look is not None
         num_looks += 1
-        records_of(final, Failure(look.key, None, FailureKind.UNAVAILABLE, "gone"))
+        records_of(final, hypothesis(("mumble", 0.0, 0.5), key=look.key, average_logprob=-2.0))
     assert num_looks == 2
 
 

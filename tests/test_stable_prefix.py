@@ -128,7 +128,7 @@ def timed(*words: tuple[str, int, int]) -> Hypothesis:
     """A transcription whose words have these times in milliseconds."""
     found = tuple(Word(text, start * 16, end * 16, 0.9) for text, start, end in words)
     text = " ".join(word.text for word in found)
-    return Hypothesis(SnapshotKey("s", 1, 1), TRANSCRIBE, text, (), found, "en", "given", -0.2, 0.0, 1)
+    return Hypothesis(SnapshotKey("s", 1, 1), TRANSCRIBE, text, (), found, "en", -0.2, 0.0, 1)
 
 
 def test_units_are_certain_up_to_the_first_speech_without_words() -> None:

@@ -44,7 +44,6 @@ def answer(
         tokens=(snapshot.key.utterance, snapshot.key.revision),
         words=(),
         language="en",
-        language_source="detected",
         average_logprob=-0.25,
         no_speech_probability=0.01,
         num_passes=1,
@@ -332,6 +331,30 @@ def test_a_failed_final_is_an_error_record_in_its_place_and_blocks_nobody(sound)
     assert errors[0].message == "the encoder refused it"
     assert [final.sequence for final in of_kind(records, FinalRecord)] == [2]
     assert records.index(errors[0]) < records.index(of_kind(records, FinalRecord)[0])
+
+
+@pytest.mark.parametrize("num_channels", [1, 2])
+def test_nothing_comes_of_an_utterance_that_would_begin_behind_the_end_of_the_sound(long_sound, num_channels):
+    """The sound ends just before an utterance has its hard limit, and the cut falls into the padding of its chunk."""
+    params = StreamParams(vad=VadParams(hard_limit_ms=2_000, soft_limit_ms=2_000, cut_search_ms=1_000))
+
+    def finals_of(num_samples: int) -> list[FinalRecord]:
+        sound = np.stack([long_sound[at : at + num_samples] for at in (0, 8_000)[:num_channels]])
+        stream = Stream("s", params, num_channels=num_channels)
+        served, records = caption(stream, sound, lambda snapshot: [answer(snapshot)])
+        assert all(len(snapshot.samples) and snapshot.end_sample <= num_samples for snapshot in served)
+        assert isinstance(records[-1], HealthRecord)
+        assert records[-1].event == "ended"
+        return of_kind(records, FinalRecord)
+
+    last_reasons = set()
+    for cut in [final for final in finals_of(10 * SAMPLE_RATE_HZ) if final.close_reason == "limit"]:
+        limit = cut.start_ms * 16 + 2_000 * 16
+        for num_samples in range(limit - CHUNK_SAMPLES, limit, 160):
+            finals = finals_of(num_samples)
+            assert [final.sequence for final in finals] == list(range(1, len(finals) + 1))
+            last_reasons.add([final.close_reason for final in finals if final.channel == cut.channel][-1])
+    assert last_reasons == {"end", "limit"}, "with and without sound behind the cut"
 
 
 def test_an_overtaken_partial_changes_nothing_when_it_answers_late(sound):

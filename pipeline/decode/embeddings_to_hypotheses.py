@@ -39,6 +39,8 @@ from pipeline.params import Params
 
 _MAX_LANGUAGE_GUESSES = 4_096
 _MAX_PROMPT_TOKENS = 8
+_REQUEST_ERRORS = (StageError, RuntimeError, ValueError, IndexError)
+"""What a runner raises over one request; that request fails, its neighbours go on."""
 _MESSAGES = {
     EndReason.SUPERSEDED: (FailureKind.SUPERSEDED, "a newer snapshot of the utterance arrived"),
     EndReason.EXPIRED: (FailureKind.EXPIRED, "the deadline of the partial passed before it was decoded"),
@@ -235,10 +237,10 @@ class DecodeEngine:
             active = self._active[piece.id]
             try:
                 running.append(self._row(active, piece))
-            except (ValueError, StageError) as exc:
-                reports[piece.id] = self._fail(active, str(exc))
+            except _REQUEST_ERRORS as exc:
+                reports[piece.id] = self._fail(active, exc)
         for (active, feed, _), result in zip(running, self._run([row for _, _, row in running]), strict=True):
-            if isinstance(result, str):
+            if isinstance(result, Exception):
                 reports[active.request.key] = self._fail(active, result)
             else:
                 active.sequence.account(feed, result)
@@ -279,9 +281,10 @@ class DecodeEngine:
         kind, message = _MESSAGES[ended.reason]
         self._outcomes.append(Failure(ended.id, None, kind, message))
 
-    def _fail(self, active: _Active, message: str) -> EndReason:
+    def _fail(self, active: _Active, error: Exception) -> EndReason:
         key = active.request.key
         self._close(self._active.pop(key), is_spoilt=True)
+        message = f"the decoder failed on this snapshot: {type(error).__name__}: {error}"
         self._outcomes.append(Failure(key, None, FailureKind.FAILED, message))
         return EndReason.FAILED
 
@@ -302,21 +305,24 @@ class DecodeEngine:
         row = Row(active.lease, feed.position, feed.tokens, feed.pick_from, feed.is_begin, feed.reads_start)
         return active, feed, row
 
-    def _run(self, rows: list[Row]) -> list[RowResult | str]:
-        """Run `rows` together; if that fails, each alone, and return the message of those that fail again."""
+    def _run(self, rows: list[Row]) -> list[RowResult | Exception]:
+        """Run `rows` together; if that fails, each alone, and return the error of those that fail again."""
         if not rows:
             return []
         try:
             return list(self._runner.run(rows))
-        except (StageError, RuntimeError, ValueError, IndexError) as exc:
+        except _REQUEST_ERRORS as exc:
             if len(rows) == 1:
-                return [f"the decoder failed on this snapshot: {type(exc).__name__}: {exc}"]
+                return [exc]
             return [result for row in rows for result in self._run([row])]
 
     def _progress(self, active: _Active) -> Progress | EndReason:
         priority = Priority.FINAL if active.request.is_final else Priority.PARTIAL
         if active.sequence.is_finished:
-            hypothesis = self._hypothesis(active)
+            try:
+                hypothesis = self._hypothesis(active)
+            except _REQUEST_ERRORS as exc:
+                return self._fail(active, exc)
             if active.task.kind is TaskKind.TRANSCRIBE:
                 active.transcription = hypothesis
             if active.task in active.request.tasks:
@@ -347,7 +353,6 @@ class DecodeEngine:
             tokens=sequence.tokens,
             words=words,
             language=language,
-            language_source="given" if request.language is not None else "detected",
             average_logprob=sequence.average_logprob,
             no_speech_probability=sequence.start.no_speech_probability if sequence.start is not None else 0.0,
             num_passes=sequence.num_passes,

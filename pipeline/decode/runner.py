@@ -116,7 +116,10 @@ class DecodeRunner(Protocol):
         ...
 
     def open(self, slot: int, embeddings: NDArray[np.float32], num_tokens: int, *, is_exact: bool) -> Lease:
-        """Lease `slot` for up to `num_tokens` tokens over `embeddings` float32[positions, width]."""
+        """Lease `slot` for up to `num_tokens` tokens over `embeddings` float32[positions, width].
+
+        The slot stays free when this raises.
+        """
         ...
 
     def close(self, lease: Lease, *, is_spoilt: bool = False) -> None:

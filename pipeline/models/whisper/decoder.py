@@ -138,14 +138,21 @@ class WhisperDecoder:
         self._mask = torch.full((places + _MIN_QUERIES, places), -torch.inf, device=device).triu_(1)
 
     def open(self, slot: int, context: Tensor, token_capacity: int, *, is_exact: bool = True) -> Lease:
-        """Lease `slot` and write the keys and values of `context`, float32[positions, width], to it."""
+        """Lease `slot` and write the keys and values of `context`, float32[positions, width], to it.
+
+        The slot stays free when this raises.
+        """
         num_positions = context.shape[0]
         is_exact = is_exact or not self._has_rough_leases
         lease = self.memory.open(slot, token_capacity, num_positions, is_exact=is_exact)
-        projected = self._network(lease).context_kv(context)
-        projected = projected.view(num_positions, len(self._exact.layers), 2, -1, self._head_width)
-        self.memory.context_keys[:, slot, :, :, :num_positions] = projected[:, :, 0].permute(1, 2, 3, 0)
-        self.memory.context_values[:, slot, :, :num_positions] = projected[:, :, 1].permute(1, 2, 0, 3)
+        try:
+            projected = self._network(lease).context_kv(context)
+            projected = projected.view(num_positions, len(self._exact.layers), 2, -1, self._head_width)
+            self.memory.context_keys[:, slot, :, :, :num_positions] = projected[:, :, 0].permute(1, 2, 3, 0)
+            self.memory.context_values[:, slot, :, :num_positions] = projected[:, :, 1].permute(1, 2, 0, 3)
+        except BaseException:
+            self.memory.close(lease, is_spoilt=True)
+            raise
         return lease
 
     def forward(self, rows: Sequence[Row]) -> Tensor:
