@@ -20,6 +20,7 @@ from actors.bench.decode_report import DecoderReport, Difference, SeriesResult, 
 from actors.bench.decode_requests import Cut, SpokenUtterance, choose_cuts, find_spoken_utterances, load_recordings
 from actors.bench.generate import GenerateWhisper
 from actors.settings import Settings
+from actors.threads import choose_num_threads
 from pipeline.audio.utterances_to_embeddings import UtterancesToEmbeddings
 from pipeline.decode.embeddings_to_hypotheses import DecodeEngine
 from pipeline.decode.guards import token_cap
@@ -110,15 +111,17 @@ class _Bench:
         utterances = [found for clip in clips for found in find_spoken_utterances(clip, settings.vad)]
         self._cuts = choose_cuts(utterances, options.num_requests, options.seed)
         self._tell("loading models")
-        # Not as many as a service's decoder has: nothing else runs beside this one. Both sides have the same.
-        self._num_threads = settings.model.decoder_threads or len(os.sched_getaffinity(0))
-        torch.set_num_threads(self._num_threads)
         self._encoder = UtterancesToEmbeddings(settings.model, settings.encoder)
         scheduler = settings.decoder.scheduler
         num_slots = max(scheduler.num_slots, options.num_requests)
         scheduler = scheduler.model_copy(update={"num_slots": num_slots})
         self._params = settings.decoder.model_copy(update={"scheduler": scheduler})
+        # The arithmetic of partials is chosen with the threads of a service's decoder. Then nothing else runs beside this
+        # one, so it may have all cores. Both sides have the same.
+        torch.set_num_threads(choose_num_threads(settings.model.decoder_threads, "decoder"))
         parts = load_parts(settings.model, num_slots, time.perf_counter)
+        self._num_threads = settings.model.decoder_threads or len(os.sched_getaffinity(0))
+        torch.set_num_threads(self._num_threads)
         self._prompter = parts.prompter
         self._engine = DecodeEngine(settings.model, self._params, parts=parts)
         self._yardstick = GenerateWhisper(settings.model, parts.prompter.eot)
