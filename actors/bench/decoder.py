@@ -116,8 +116,7 @@ class _Bench:
         num_slots = max(scheduler.num_slots, options.num_requests)
         scheduler = scheduler.model_copy(update={"num_slots": num_slots})
         self._params = settings.decoder.model_copy(update={"scheduler": scheduler})
-        # The arithmetic of partials is chosen with the threads of a service's decoder. Then it has all cores, as nothing
-        # else runs beside it. Both sides have the same.
+        # The arithmetic of partials is chosen with the threads of a service's decoder; then both sides have all cores.
         torch.set_num_threads(choose_num_threads(settings.model.decoder_threads, "decoder"))
         parts = load_parts(settings.model, num_slots, time.perf_counter)
         self._num_threads = settings.model.decoder_threads or len(os.sched_getaffinity(0))

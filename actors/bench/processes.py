@@ -48,7 +48,7 @@ def measure_memory(roots: Iterable[int]) -> Memory:
     private_by_name: dict[str, int] = {}
     for process in _find(roots):
         with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied), process.oneshot():
-            memory, name = process.memory_info(), process.name()
+            memory, name = process.memory_info(), _name_of(process)
             resident += memory.rss
             private_by_name[name] = private_by_name.get(name, 0) + memory.rss - memory.shared
     return Memory(resident, sum(private_by_name.values()), private_by_name)
@@ -87,9 +87,15 @@ class _Meter:
                 # One that was not there at the start has used all its time since.
                 self._first.setdefault(identity, cpu_s if is_start else 0.0)
                 self._last[identity] = cpu_s
-                self._names[identity] = process.name()
+                self._names[identity] = _name_of(process)
                 private_bytes += memory.rss - memory.shared
         return private_bytes
+
+
+def _name_of(process: psutil.Process) -> str:
+    """Return the process's name; a Ray actor's without the method that it is in, which comes and goes."""
+    name = process.name()
+    return name.partition(".")[0] if name.startswith("ray::") else name
 
 
 def _find(roots: Iterable[int]) -> list[psutil.Process]:
