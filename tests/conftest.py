@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -29,3 +30,15 @@ def media(pytestconfig: pytest.Config) -> Path:
 def speech(media: Path) -> Path:
     """40 s of English sentences with pauses, 16 kHz mono WAV; `speech.with_suffix('.txt')` holds the words."""
     return media / "demo.wav"
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Torch with one thread: on a machine that does other things, small products wait for a second one more than they
+    gain by it."""
+    import torch  # noqa: PLC0415 - most tests need none of it
+
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)

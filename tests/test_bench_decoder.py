@@ -6,7 +6,7 @@ import importlib
 import io
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -41,17 +41,11 @@ from tests.media import SCRIPT, read_pcm
 from tests.models import NO_GUARDS, needs_int8
 from tests.tiny_whisper import save_tiny
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 EOT = 50_257
 PROMPT = (50_258, 50_259, 50_359, 50_363)
 WAYS = {"engine", "without_drafts", "one_by_one", "one_by_one_with_drafts", "generate"}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
 
 
 @pytest.fixture(scope="module")

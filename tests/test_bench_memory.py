@@ -5,12 +5,10 @@ import io
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from rich.console import Console
 
 from actors.bench.media import write_wav
@@ -28,14 +26,7 @@ from pipeline.errors import ConfigError, MediaError, ServiceError
 from pipeline.models.weights import ModelParams
 from tests.tiny_whisper import save_tiny
 
-
-@pytest.fixture(scope="module", autouse=True)
-def single_thread() -> Iterator[None]:
-    """Compute threads that wait for each other hundreds of times a second crawl on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

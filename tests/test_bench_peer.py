@@ -47,6 +47,8 @@ from pipeline.records import ErrorRecord, FinalRecord, PartialRecord
 from pipeline.timebase import ms_to_samples
 from tests.test_bench_latency import ANCHOR_MS, CAT, TIMES, final, partial
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SERVER = Path(__file__).parent / "peer_server.py"
 SENTENCE = "Good morning, and welcome to the factory."
 
@@ -465,15 +467,6 @@ def test_surtitles_weights_are_written_as_other_systems_load_them(tmp_path: Path
 
 
 # The whole.
-
-
-@pytest.fixture(scope="module", autouse=True)
-def single_thread() -> Iterator[None]:
-    """Compute threads that wait for each other hundreds of times a second crawl on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

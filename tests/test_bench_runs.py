@@ -7,13 +7,11 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from rich.console import Console
 
 from actors.bench.accuracy import (
@@ -37,16 +35,9 @@ from pipeline.timebase import SAMPLE_RATE_HZ, ms_to_samples
 from tests.models import needs_int8
 from tests.tiny_whisper import save_tiny
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SENTENCE = "Good morning, and welcome to the factory."
-
-
-@pytest.fixture(scope="module", autouse=True)
-def single_thread() -> Iterator[None]:
-    """Compute threads that wait for each other hundreds of times a second crawl on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -4,12 +4,10 @@ import asyncio
 import io
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import av
 import pytest
-import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -28,19 +26,12 @@ from pipeline.models.weights import ModelParams
 from pipeline.timebase import ms_to_samples
 from tests.tiny_whisper import save_tiny
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 WIDE = SweepLimits(
     max_finalisation_p95_ms=60_000, max_first_word_p95_ms=60_000, max_emission_lag_p95_ms=60_000, max_wer_points=1_000
 )
 """For random weights on a busy machine: what a test says about the search must not depend on speed."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def single_thread() -> Iterator[None]:
-    """Compute threads that wait for each other hundreds of times a second crawl on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

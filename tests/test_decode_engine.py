@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -39,6 +38,8 @@ from tests.media import read_pcm
 from tests.models import NO_GUARDS, answer, base_engine, base_parts, content, encode, request, run_dry
 from tests.tiny_whisper import save_tiny, tiny_reference
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TO_ENGLISH = Task(TaskKind.TRANSLATE, "en")
 TO_FRENCH = Task(TaskKind.TRANSLATE, "fr")
 SOT, EOT = 50_258, 50_257
@@ -58,15 +59,6 @@ def hypothesis_of(outcomes: list[Outcome], task: Task = TRANSCRIBE) -> Hypothesi
 
 
 # A random model of a few thousand weights, large enough ones that it does not say the same token for ever
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    # On a machine that does other things, small products wait for their second thread more than they gain by it.
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -27,6 +27,8 @@ from tests.models import NO_GUARDS, answer, base_engine, content, encode, needs_
 from tests.test_decode_engine import hypothesis_of, key, random_embeddings
 from tests.tiny_whisper import save_tiny
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 NUM_SLOTS, MAX_PLACES, MAX_POSITIONS, WIDTH = 7, 192, 400, 32
 REDUCED = (pytest.param("int8", marks=needs_int8), "bfloat16")
 TO_ENGLISH = Task(TaskKind.TRANSLATE, "en")
@@ -37,15 +39,6 @@ NEAR = 0.03
 def are_near(values: Tensor, expected: Tensor) -> bool:
     """Whether each row is within a share of its length of what is expected."""
     return bool(((values - expected).norm(dim=-1) <= NEAR * expected.norm(dim=-1)).all())
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    # On a machine that does other things, small products wait for their second thread more than they gain by it.
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
 
 
 @pytest.fixture(scope="module")

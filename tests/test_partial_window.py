@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import jiwer
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -232,15 +231,6 @@ def test_speech_without_words_is_looked_for_in_the_window_and_counted_from_the_u
 
 
 # Whisper base, on speech without a pause
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    # On a machine that does other things, products wait for their second thread more than they gain by it.
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
 
 
 def caption_long(samples: np.ndarray, window_ms: int) -> tuple[list[BaseRecord], list[Hypothesis]]:
