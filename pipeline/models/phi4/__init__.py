@@ -1,0 +1,1 @@
+"""Phi-4-multimodal, its parts as stages of their own."""
