@@ -120,7 +120,9 @@ async def test_finals_are_the_same_when_a_replica_is_killed_under_them(
         ray_cluster.kill(deployment)
         outcomes = await asyncio.gather(*tasks)
     assert [without_effort(each) for each in outcomes[:-1]] == expected
-    assert metrics.registry.get_sample_value("surtitle_retries_total")
+    if deployment == "AudioEncoder":
+        # A decoder may have answered all that it had accepted before it died; what it had not, Serve sends elsewhere.
+        assert metrics.registry.get_sample_value("surtitle_retries_total")
     [answer] = outcomes[-1]
     assert isinstance(answer, Hypothesis) or answer.kind in {FailureKind.UNAVAILABLE, FailureKind.SUPERSEDED}
 
