@@ -241,7 +241,7 @@ def test_a_tensor_that_is_missing_or_has_another_shape_is_named(pair: Tiny) -> N
     tensors = pair.encoder_tensors
     name = "encoders.1.conv.glu.b1"
     tensors[name] = torch.zeros(1, 31, 1)
-    with pytest.raises(ModelError, match=rf"{name} is \[1, 31, 1\], expected \[1, 32, 1\]"):
+    with pytest.raises(ModelError, match=rf"{name} is of shape \[1, 31, 1\], expected \[1, 32, 1\]"):
         ConformerEncoder(pair.config.audio, tensors)
     del tensors[name]
     with pytest.raises(ModelError, match=f"{name} is missing"):

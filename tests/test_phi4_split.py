@@ -16,7 +16,7 @@ from pipeline.models.phi4.conformer import AudioProjection, ConformerEncoder, Pr
 from pipeline.models.phi4.crops import PictureCrops, cut_crops
 from pipeline.models.phi4.decoder import DecoderRow, Phi4Decoder
 from pipeline.models.phi4.keys import AdapterName
-from pipeline.models.phi4.lora import Adapter, LoraWeights
+from pipeline.models.phi4.lora import Adapter
 from pipeline.models.phi4.siglip import SiglipEncoder, VisionProjection
 from pipeline.models.phi4.tiny import make_tiny
 
@@ -41,11 +41,10 @@ class Split:
         self.audio_projection = AudioProjection(self.config, audio)
         self.siglip = SiglipEncoder(self.config.vision, below(vision, "img_processor."))
         self.vision_projection = VisionProjection(self.config.vision, vision)
-        adapters = {Adapter(name): load_adapter(folder, name) for name in ADAPTERS}
         self.decoder = Phi4Decoder(
             self.config.decoder,
             decoder,
-            {name: LoraWeights(found.tensors, found.alpha) for name, found in adapters.items()},
+            {Adapter(name): load_adapter(folder, name) for name in ADAPTERS},
             num_slots=2,
             max_tokens=250,
             device=torch.device("cpu"),

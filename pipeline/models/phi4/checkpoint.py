@@ -31,9 +31,10 @@ from pipeline.models.phi4.keys import (
     native_key,
     unused_shapes,
 )
+from pipeline.models.phi4.lora import LoraWeights
+from pipeline.models.tensors import find_problems, tell_some
 from pipeline.models.weights import locate_model, read_json
 
-_MAX_NAMES_TOLD = 6
 _DTYPES = ("F32", "F16", "BF16")
 _PEFT_PREFIX = "base_model.model."
 # Settings of PEFT under which an adapter is more than two matrices and one scale.
@@ -45,23 +46,6 @@ _ADAPTER_FIXED: dict[str, Any] = {
     "lora_bias": False,
     "fan_in_fan_out": False,
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Adapter:
-    """One LoRA of the decoder: a projection of x becomes `W x + scale * B (A x)`.
-
-    `tensors` has `layers.<n>.<projection>.lora_A.weight` [rank, in] and `.lora_B.weight` [out, rank].
-    """
-
-    rank: int
-    alpha: float
-    tensors: dict[str, torch.Tensor]
-
-    @property
-    def scale(self) -> float:
-        """What the adapter's share is multiplied with."""
-        return self.alpha / self.rank
 
 
 def load_config(directory: Path) -> Phi4Config:
@@ -108,7 +92,7 @@ def load_part(directory: Path, part: Part) -> dict[str, torch.Tensor]:
     }
 
 
-def load_adapter(directory: Path, name: AdapterName) -> Adapter:
+def load_adapter(directory: Path, name: AdapterName) -> LoraWeights:
     """Return adapter `name`, its tensors as stored, by native key below `model.`.
 
     In the native layout it lies in the folder `<name>-lora` (keys with or without PEFT's prefix); in the original one
@@ -138,7 +122,7 @@ def load_adapter(directory: Path, name: AdapterName) -> Adapter:
     expected = adapter_shapes(config, rank)
     _check(where, places, expected, expected.keys())
     tensors = {key.removeprefix(PREFIXES["decoder"]): tensor for key, tensor in _read(places.values())}
-    return Adapter(rank, alpha, tensors)
+    return LoraWeights(tensors, alpha)
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,24 +196,13 @@ def _read(entries: Iterable[_Entry]) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _check(where: str, found: dict[str, _Entry], expected: Shapes, known: Iterable[str]) -> None:
-    problems = []
-    for what, names in (("missing", expected.keys() - found.keys()), ("unexpected", found.keys() - set(known))):
-        if names:
-            problems.append(f"{what}: {_some(sorted(names))}")
-    here = [(key, found[key], shape) for key, shape in sorted(expected.items()) if key in found]
-    mis_shaped = [
-        f"{key} is {list(entry.shape)}, expected {list(shape)}" for key, entry, shape in here if entry.shape != shape
-    ]
+    problems = find_problems({key: entry.shape for key, entry in found.items()}, expected, set(known))
     mistyped = [
-        f"{key} is {entry.dtype}, expected one of {_DTYPES}" for key, entry, _ in here if entry.dtype not in _DTYPES
+        f"{key} is {found[key].dtype}, expected one of {_DTYPES}"
+        for key in sorted(expected)
+        if key in found and found[key].dtype not in _DTYPES
     ]
-    for what, wrong in (("mis-shaped", mis_shaped), ("of the wrong type", mistyped)):
-        if wrong:
-            problems.append(f"{what}: {_some(wrong)}")
+    if mistyped:
+        problems.append(f"of the wrong type: {tell_some(mistyped)}")
     if problems:
         raise ModelError(f"the tensors of {where} are not those of its config; {'; '.join(problems)}")
-
-
-def _some(names: Sequence[str]) -> str:
-    told = ", ".join(names[:_MAX_NAMES_TOLD])
-    return told if len(names) <= _MAX_NAMES_TOLD else f"{told} and {len(names) - _MAX_NAMES_TOLD} more"

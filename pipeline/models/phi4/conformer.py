@@ -19,9 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.errors import ModelError
+from pipeline.models.attention import attend
 from pipeline.models.linear import PlainLinear
+from pipeline.models.norm import Norm
 from pipeline.models.phi4.config import AudioConfig, Phi4Config
-from pipeline.models.whisper.norm import Norm, read_norm
+from pipeline.models.tensors import CheckedTensors
 
 TOKEN_STEPS = 8
 """Steps of 10 ms in one token of 80 ms."""
@@ -46,35 +48,6 @@ class Projector(enum.Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class _Weights:
-    """Tensors by name, moved and checked as they are taken."""
-
-    tensors: Mapping[str, Tensor]
-    device: torch.device
-    dtype: torch.dtype
-
-    def take(self, name: str, *shape: int) -> Tensor:
-        tensor = self.tensors.get(name)
-        if tensor is None:
-            raise ModelError(f"tensor {name} is missing; take a complete checkpoint in the native layout")
-        if tensor.shape != shape:
-            raise ModelError(f"tensor {name} is {list(tensor.shape)}, expected {list(shape)} from config.json")
-        return tensor.to(self.device, self.dtype)
-
-    def linear(self, name: str, inputs: int, outputs: int) -> PlainLinear:
-        return PlainLinear(self.take(f"{name}.weight", outputs, inputs), self.take(f"{name}.bias", outputs))
-
-    def pointwise(self, name: str, inputs: int, outputs: int) -> PlainLinear:
-        """A convolution of kernel 1, which is a linear layer at every position."""
-        weight = self.take(f"{name}.weight", outputs, inputs, 1)
-        return PlainLinear(weight[..., 0], self.take(f"{name}.bias", outputs))
-
-    def norm(self, name: str, width: int) -> Norm:
-        parts = {f"{name}.{part}": self.take(f"{name}.{part}", width) for part in ("weight", "bias")}
-        return read_norm(parts, name)
-
-
-@dataclass(frozen=True, slots=True)
 class _FeedForward:
     norm: Norm
     gate_up: PlainLinear
@@ -92,11 +65,7 @@ class _Attention:
     num_heads: int
 
     def __call__(self, x: Tensor, bias: Tensor) -> Tensor:
-        num_windows, num_positions, width = x.shape
-        qkv = self.qkv(x).view(num_windows, num_positions, 3, self.num_heads, -1)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each [windows, heads, positions, width / heads]
-        heads = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
-        return self.out(heads.transpose(1, 2).reshape(num_windows, num_positions, width))
+        return self.out(attend(self.qkv(x), self.num_heads, bias))
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +108,7 @@ class _Block:
 class _Subsampling:
     """Three convolutions over time and mels that each halve both (NeMo's `dw_striding`), and a linear layer."""
 
-    def __init__(self, config: AudioConfig, weights: _Weights) -> None:
+    def __init__(self, config: AudioConfig, weights: CheckedTensors) -> None:
         channels, kernel = config.conv_channels, (_SUBSAMPLING_KERNEL, _SUBSAMPLING_KERNEL)
         self._first = weights.take("embed.conv.0.weight", channels, 1, *kernel)
         self._first_bias = weights.take("embed.conv.0.bias", channels)
@@ -156,7 +125,7 @@ class _Subsampling:
         mels = config.num_mels
         for _ in range(_NUM_HALVINGS):
             mels = (mels + 1) // 2
-        self._out = weights.linear("embed.out", channels * mels, config.width)
+        self._out = _linear(weights, "embed.out", channels * mels, config.width)
 
     def __call__(self, features: Tensor) -> Tensor:
         """Return [num_tokens(num_steps), width] for `features` [num_steps, num_mels]: zeros lie around them."""
@@ -190,7 +159,7 @@ class ConformerEncoder:
         self.config = config
         self.device = torch.device(device)
         self.dtype = dtype
-        weights = _Weights(tensors, self.device, dtype)
+        weights = CheckedTensors(tensors, self.device, dtype)
         self._mean = weights.take("encoder_embedding.global_mean", config.num_mels)
         self._inverse_std = weights.take("encoder_embedding.global_invstd", config.num_mels)
         self._subsampling = _Subsampling(config, weights)
@@ -279,12 +248,12 @@ class AudioProjection:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        weights = _Weights(tensors, torch.device(device), dtype)
+        weights = CheckedTensors(tensors, torch.device(device), dtype)
         inner, outer = config.audio.width, config.decoder.width
         self._layers = {
             projector: (
-                weights.linear(f"up_proj_for_{projector.value}", inner, outer),
-                weights.linear(f"down_proj_for_{projector.value}", outer, outer),
+                _linear(weights, f"up_proj_for_{projector.value}", inner, outer),
+                _linear(weights, f"down_proj_for_{projector.value}", outer, outer),
             )
             for projector in Projector
         }
@@ -302,7 +271,21 @@ class AudioProjection:
         return down(F.gelu(up(embeddings)))
 
 
-def _relative_bias(config: AudioConfig, weights: _Weights) -> Tensor:
+def _linear(weights: CheckedTensors, name: str, inputs: int, outputs: int) -> PlainLinear:
+    return PlainLinear(weights.take(f"{name}.weight", outputs, inputs), weights.take(f"{name}.bias", outputs))
+
+
+def _pointwise(weights: CheckedTensors, name: str, inputs: int, outputs: int) -> PlainLinear:
+    """Return a convolution of kernel 1, which is a linear layer at every position."""
+    kernel = weights.take(f"{name}.weight", outputs, inputs, 1)
+    return PlainLinear(kernel[..., 0], weights.take(f"{name}.bias", outputs))
+
+
+def _norm(weights: CheckedTensors, name: str, width: int) -> Norm:
+    return Norm(weights.take(f"{name}.weight", width), weights.take(f"{name}.bias", width))
+
+
+def _relative_bias(config: AudioConfig, weights: CheckedTensors) -> Tensor:
     """Return the bias of every query and key in a full window, [heads, window, window]; shorter ones use a corner.
 
     The reference adds its mask of kept keys, as 1, to every bias. A softmax does not see that in exact arithmetic, but
@@ -319,46 +302,46 @@ def _relative_bias(config: AudioConfig, weights: _Weights) -> Tensor:
     return table.t()[:, buckets]
 
 
-def _read_block(config: AudioConfig, weights: _Weights, name: str) -> _Block:
+def _read_block(config: AudioConfig, weights: CheckedTensors, name: str) -> _Block:
     width = config.width
 
     def feed_forward(part: str) -> _FeedForward:
         return _FeedForward(
-            norm=weights.norm(f"{name}.{part}.layer_norm", width),
-            gate_up=weights.linear(f"{name}.{part}.gate_up_proj", width, 2 * config.ffn),
-            down=weights.linear(f"{name}.{part}.down_proj", config.ffn, width),
+            norm=_norm(weights, f"{name}.{part}.layer_norm", width),
+            gate_up=_linear(weights, f"{name}.{part}.gate_up_proj", width, 2 * config.ffn),
+            down=_linear(weights, f"{name}.{part}.down_proj", config.ffn, width),
         )
 
     return _Block(
         ffn_in=feed_forward("feed_forward_in"),
-        attention_norm=weights.norm(f"{name}.layer_norm_att", width),
+        attention_norm=_norm(weights, f"{name}.layer_norm_att", width),
         attention=_read_attention(config, weights, f"{name}.self_attn"),
         convolution=_read_convolution(config, weights, f"{name}.conv"),
         ffn_out=feed_forward("feed_forward_out"),
-        norm=weights.norm(f"{name}.layer_norm", width),
+        norm=_norm(weights, f"{name}.layer_norm", width),
     )
 
 
-def _read_attention(config: AudioConfig, weights: _Weights, name: str) -> _Attention:
+def _read_attention(config: AudioConfig, weights: CheckedTensors, name: str) -> _Attention:
     width = config.width
     parts = [f"{name}.{part}_proj" for part in ("q", "k", "v")]
     qkv = PlainLinear(
         torch.cat([weights.take(f"{part}.weight", width, width) for part in parts]),
         torch.cat([weights.take(f"{part}.bias", width) for part in parts]),
     )
-    return _Attention(qkv, weights.linear(f"{name}.o_proj", width, width), config.num_heads)
+    return _Attention(qkv, _linear(weights, f"{name}.o_proj", width, width), config.num_heads)
 
 
-def _read_convolution(config: AudioConfig, weights: _Weights, name: str) -> _Convolution:
+def _read_convolution(config: AudioConfig, weights: CheckedTensors, name: str) -> _Convolution:
     width, gated = config.width, config.pointwise_channels
     depthwise = f"{name}.dw_sep_conv_1d.dw_conv"
     return _Convolution(
-        norm=weights.norm(f"{name}.layer_norm", width),
-        gate=weights.pointwise(f"{name}.glu.ext_pw_conv_1d", width, 2 * gated),
+        norm=_norm(weights, f"{name}.layer_norm", width),
+        gate=_pointwise(weights, f"{name}.glu.ext_pw_conv_1d", width, 2 * gated),
         value_bias=weights.take(f"{name}.glu.b1", 1, gated, 1).flatten(),
         gate_bias=weights.take(f"{name}.glu.b2", 1, gated, 1).flatten(),
         depthwise=weights.take(f"{depthwise}.weight", width, 1, config.kernel_size),
         depthwise_bias=weights.take(f"{depthwise}.bias", width),
-        pointwise=weights.pointwise(f"{name}.dw_sep_conv_1d.pw_conv", width, config.depthwise_channels),
-        out=weights.pointwise(f"{name}.ext_pw_conv_1d", config.depthwise_channels, gated),
+        pointwise=_pointwise(weights, f"{name}.dw_sep_conv_1d.pw_conv", width, config.depthwise_channels),
+        out=_pointwise(weights, f"{name}.ext_pw_conv_1d", config.depthwise_channels, gated),
     )

@@ -24,8 +24,9 @@ from pipeline.errors import ModelError
 from pipeline.models.linear import Linear, LinearFactory, pack_linear
 from pipeline.models.phi4.config import DecoderConfig
 from pipeline.models.phi4.kv_memory import Phi4KvMemory, Phi4Lease
-from pipeline.models.phi4.lora import AdaptedLinear, Adapter, AdapterTokens, LoraWeights, take_tensor
+from pipeline.models.phi4.lora import AdaptedLinear, Adapter, AdapterTokens, LoraWeights
 from pipeline.models.phi4.rope import LongRope, needs_long_factors, rotate
+from pipeline.models.tensors import CheckedTensors
 
 _MIN_QUERIES = 4
 _SPAN = 64
@@ -118,19 +119,15 @@ class Phi4Decoder:
         self._device, self._dtype = device, dtype
         self._adapters = frozenset(adapters)
         self._rope = LongRope(config.rope, config.head_width, device)
-        embeddings = take_tensor(tensors, "embed_tokens.weight", (config.vocab_size, config.width))
-        self._embed_tokens = embeddings.to(device, dtype)
-        head = (
-            embeddings
-            if config.has_tied_embeddings
-            else take_tensor(tensors, "lm_head.weight", (config.vocab_size, config.width))
-        )
-        self._project: Linear = pack(self._embed_tokens if head is embeddings else head.to(device, dtype), None)
+        weights = CheckedTensors(tensors, device, dtype)
+        self._embed_tokens = weights.take("embed_tokens.weight", config.vocab_size, config.width)
+        is_tied = config.has_tied_embeddings
+        head = self._embed_tokens if is_tied else weights.take("lm_head.weight", config.vocab_size, config.width)
+        self._project: Linear = pack(head, None)
         self._layers = [
-            _read_layer(config, tensors, adapters, f"layers.{index}", pack=pack, like=self._embed_tokens)
-            for index in range(config.num_layers)
+            _read_layer(config, weights, adapters, f"layers.{index}", pack) for index in range(config.num_layers)
         ]
-        self._final_norm = _read_norm(config, tensors, "norm", self._embed_tokens)
+        self._final_norm = _read_norm(config, weights, "norm")
         # One place sees those before it and itself. The rows behind the last are for queries that only keep company.
         self._unseen = torch.ones((_SPAN + _MIN_QUERIES, _SPAN), dtype=torch.bool, device=device).triu_(1)
         places = math.ceil(max_tokens / _SPAN) * _SPAN
@@ -269,31 +266,26 @@ class Phi4Decoder:
         return result
 
 
-def _read_norm(config: DecoderConfig, tensors: Mapping[str, Tensor], name: str, like: Tensor) -> _Norm:
-    return _Norm(take_tensor(tensors, f"{name}.weight", (config.width,)).to(like), config.norm_eps)
+def _read_norm(config: DecoderConfig, weights: CheckedTensors, name: str) -> _Norm:
+    return _Norm(weights.take(f"{name}.weight", config.width), config.norm_eps)
 
 
 def _read_layer(
     config: DecoderConfig,
-    tensors: Mapping[str, Tensor],
+    weights: CheckedTensors,
     adapters: Mapping[Adapter, LoraWeights],
     name: str,
-    *,
     pack: LinearFactory,
-    like: Tensor,
 ) -> _Layer:
     def linear(part: str, num_outputs: int, num_inputs: int) -> AdaptedLinear:
-        shape = (num_outputs, num_inputs)
-        return AdaptedLinear(
-            tensors, f"{name}.{part}", shape, adapters=adapters, pack=pack, device=like.device, dtype=like.dtype
-        )
+        return AdaptedLinear(weights, f"{name}.{part}", (num_outputs, num_inputs), adapters=adapters, pack=pack)
 
     num_kept = 2 * config.num_kv_heads * config.head_width
     return _Layer(
-        attention_norm=_read_norm(config, tensors, f"{name}.input_layernorm", like),
+        attention_norm=_read_norm(config, weights, f"{name}.input_layernorm"),
         qkv=linear("self_attn.qkv_proj", config.width + num_kept, config.width),
         attention_out=linear("self_attn.o_proj", config.width, config.width),
-        mlp_norm=_read_norm(config, tensors, f"{name}.post_attention_layernorm", like),
+        mlp_norm=_read_norm(config, weights, f"{name}.post_attention_layernorm"),
         gate_up=linear("mlp.gate_up_proj", 2 * config.ffn, config.width),
         down=linear("mlp.down_proj", config.width, config.ffn),
     )

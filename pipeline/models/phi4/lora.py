@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
-from pipeline.errors import ModelError
 from pipeline.models.linear import Linear, LinearFactory
+from pipeline.models.tensors import CheckedTensors
 
 
 class Adapter(enum.Enum):
@@ -30,7 +29,7 @@ class Adapter(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class LoraWeights:
-    """An adapter's folder: its tensors, and `lora_alpha` of its configuration.
+    """One adapter: its tensors, and `lora_alpha` of its configuration. A projection of x becomes W x + scale B (A x).
 
     Names are those of the native folder below `model.`: `layers.0.self_attn.qkv_proj.lora_A.weight` [rank, inputs] and
     `lora_B.weight` [outputs, rank], for each of `qkv_proj`, `o_proj`, `gate_up_proj` and `down_proj`.
@@ -38,6 +37,16 @@ class LoraWeights:
 
     tensors: Mapping[str, Tensor]
     alpha: float
+
+    @property
+    def rank(self) -> int:
+        """Numbers between the two products; 0 without any tensor."""
+        return next((len(tensor) for name, tensor in self.tensors.items() if ".lora_A." in name), 0)
+
+    @property
+    def scale(self) -> float:
+        """What the adapter's share is multiplied with."""
+        return self.alpha / self.rank
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +61,7 @@ class AdaptedLinear:
     """A linear layer with an adapter for some of its rows, perhaps a different one for others.
 
     Args:
-        tensors: of the base, `name`.weight among them; all are cast to `dtype` on `device`.
+        weights: of the base, `name`.weight among them; those of the adapters get the same dtype and device.
         name: of the layer, below `model.`.
         shape: outputs and inputs.
         adapters: may be none; each has this layer.
@@ -64,24 +73,20 @@ class AdaptedLinear:
 
     def __init__(
         self,
-        tensors: Mapping[str, Tensor],
+        weights: CheckedTensors,
         name: str,
         shape: tuple[int, int],
         *,
         adapters: Mapping[Adapter, LoraWeights],
         pack: LinearFactory,
-        device: torch.device,
-        dtype: torch.dtype,
     ) -> None:
-        self._base = pack(take_tensor(tensors, f"{name}.weight", shape).to(device, dtype), None)
+        self._base = pack(weights.take(f"{name}.weight", *shape), None)
         self._low_rank: dict[Adapter, tuple[Linear, Linear]] = {}
-        for adapter, weights in adapters.items():
-            first = weights.tensors.get(f"{name}.lora_A.weight")
-            rank = 1 if first is None else len(first)  # a missing one is refused in the next line
-            down = take_tensor(weights.tensors, f"{name}.lora_A.weight", (rank, shape[1]))
-            up = take_tensor(weights.tensors, f"{name}.lora_B.weight", (shape[0], rank))
-            scaled = up.to(device, dtype) * (weights.alpha / rank)
-            self._low_rank[adapter] = pack(down.to(device, dtype), None), pack(scaled, None)
+        for adapter, lora in adapters.items():
+            own = replace(weights, tensors=lora.tensors)
+            down = own.take(f"{name}.lora_A.weight", lora.rank, shape[1])
+            up = own.take(f"{name}.lora_B.weight", shape[0], lora.rank)
+            self._low_rank[adapter] = pack(down, None), pack(up * lora.scale, None)
 
     def __call__(self, x: Tensor, adapted: tuple[AdapterTokens, ...]) -> Tensor:
         """Return [n, outputs] for `x` [n, inputs]; the tokens of each of `adapted` with its adapter."""
@@ -93,16 +98,3 @@ class AdaptedLinear:
             else:
                 result.index_add_(0, tokens.index, up(down(x[tokens.index])))
         return result
-
-
-def take_tensor(tensors: Mapping[str, Tensor], name: str, shape: tuple[int, ...]) -> Tensor:
-    """Return tensor `name`.
-
-    Raises:
-        ModelError: if it is missing or of another shape.
-    """
-    tensor = tensors.get(name)
-    if tensor is None or tensor.shape != shape:
-        found = "missing" if tensor is None else f"of shape {list(tensor.shape)}"
-        raise ModelError(f"{name} is {found}, expected {list(shape)}: the weights are not those of this configuration")
-    return tensor

@@ -16,63 +16,30 @@ import torch
 import torch.nn.functional as F
 
 from pipeline.errors import ModelError
+from pipeline.models.attention import attend
 from pipeline.models.linear import Linear, fast_linear
+from pipeline.models.norm import Norm
 from pipeline.models.phi4.config import VisionConfig
 from pipeline.models.phi4.crops import CropLayout
+from pipeline.models.tensors import CheckedTensors
 
 _POOLED = 2
 _BELOW_ONE = 1.0 - 1e-6
 
 
 @dataclass(frozen=True, slots=True)
-class _Tensors:
-    """Weights by name below a prefix, on their device and in their dtype."""
-
-    found: Mapping[str, torch.Tensor]
-    device: torch.device
-    dtype: torch.dtype
-
-    def take(self, name: str, *shape: int) -> torch.Tensor:
-        tensor = self.found.get(name)
-        if tensor is None or tuple(tensor.shape) != shape:
-            what = "missing" if tensor is None else f"of shape {list(tensor.shape)}"
-            raise ModelError(f"vision tensor {name} is {what}, expected {list(shape)}: is it a native checkpoint?")
-        return tensor.detach().to(self.device, self.dtype)
-
-    def linear(self, name: str, outputs: int, inputs: int) -> Linear:
-        return fast_linear(self.take(f"{name}.weight", outputs, inputs), self.take(f"{name}.bias", outputs))
-
-    def norm(self, name: str, width: int, eps: float) -> _Norm:
-        return _Norm(self.take(f"{name}.weight", width), self.take(f"{name}.bias", width), eps)
-
-
-@dataclass(frozen=True, slots=True)
-class _Norm:
-    weight: torch.Tensor
-    bias: torch.Tensor
-    eps: float
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
-
-
-@dataclass(frozen=True, slots=True)
 class _Layer:
-    attention_norm: _Norm
+    attention_norm: Norm
     qkv: Linear  # [3 * width, width]
     attention_out: Linear
-    ffn_norm: _Norm
+    ffn_norm: Norm
     fc1: Linear
     fc2: Linear
     num_heads: int
 
     def __call__(self, x: torch.Tensor, keys: torch.Tensor | None) -> torch.Tensor:
         """Return [crops, patches, width]; `keys` bool[crops, 1, 1, patches] are those to attend to, None for all."""
-        num_crops, num_patches, width = x.shape
-        qkv = self.qkv(self.attention_norm(x)).view(num_crops, num_patches, 3, self.num_heads, -1)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each [crops, heads, patches, width / heads]
-        heads = F.scaled_dot_product_attention(query, key, value, attn_mask=keys)
-        x = x + self.attention_out(heads.transpose(1, 2).reshape(num_crops, num_patches, width))
+        x = x + self.attention_out(attend(self.qkv(self.attention_norm(x)), self.num_heads, keys))
         return x + self.fc2(F.gelu(self.fc1(self.ffn_norm(x)), approximate="tanh"))
 
 
@@ -101,7 +68,7 @@ class SiglipEncoder:
         self.device = torch.device(device)
         self.dtype = dtype
         self._side = _side_patches(config)
-        weights, width, patch = _Tensors(tensors, self.device, dtype), config.width, config.patch_size
+        weights, width, patch = CheckedTensors(tensors, self.device, dtype), config.width, config.patch_size
         name = "embeddings.patch_embedding"
         self._patch_weight = weights.take(f"{name}.weight", width, config.num_channels, patch, patch)
         self._patch_bias = weights.take(f"{name}.bias", width)
@@ -194,11 +161,11 @@ class VisionProjection:
         self.device = torch.device(device)
         self.dtype = dtype
         self._side = _side_patches(config) // _POOLED
-        weights, width = _Tensors(tensors, self.device, dtype), config.width
+        weights, width = CheckedTensors(tensors, self.device, dtype), config.width
         up = tensors.get("img_projection_up.weight")
         self.output_width = 0 if up is None else len(up)
-        self._up = weights.linear("img_projection_up", self.output_width, width)
-        self._down = weights.linear("img_projection_down", self.output_width, self.output_width)
+        self._up = _linear(weights, "img_projection_up", self.output_width, width)
+        self._down = _linear(weights, "img_projection_down", self.output_width, self.output_width)
         self._row_end = weights.take("sub_img_feature_extensor", 1, 1, 1, width)[0]
         self._grid_end = weights.take("global_img_feature_extensor", 1, 1, width)[0]
 
@@ -260,18 +227,26 @@ def _position_buckets(side: int) -> torch.Tensor:
     return torch.bucketize(places, boundaries, right=True)
 
 
-def _layer(weights: _Tensors, config: VisionConfig, index: int) -> _Layer:
+def _linear(weights: CheckedTensors, name: str, outputs: int, inputs: int) -> Linear:
+    return fast_linear(weights.take(f"{name}.weight", outputs, inputs), weights.take(f"{name}.bias", outputs))
+
+
+def _norm(weights: CheckedTensors, name: str, width: int, eps: float) -> Norm:
+    return Norm(weights.take(f"{name}.weight", width), weights.take(f"{name}.bias", width), eps)
+
+
+def _layer(weights: CheckedTensors, config: VisionConfig, index: int) -> _Layer:
     name, width = f"encoder.layers.{index}", config.width
     attention = [f"{name}.self_attn.{part}_proj" for part in ("q", "k", "v")]
     return _Layer(
-        attention_norm=weights.norm(f"{name}.layer_norm1", width, config.norm_eps),
+        attention_norm=_norm(weights, f"{name}.layer_norm1", width, config.norm_eps),
         qkv=fast_linear(
             torch.cat([weights.take(f"{part}.weight", width, width) for part in attention]),
             torch.cat([weights.take(f"{part}.bias", width) for part in attention]),
         ),
-        attention_out=weights.linear(f"{name}.self_attn.out_proj", width, width),
-        ffn_norm=weights.norm(f"{name}.layer_norm2", width, config.norm_eps),
-        fc1=weights.linear(f"{name}.mlp.fc1", config.ffn, width),
-        fc2=weights.linear(f"{name}.mlp.fc2", width, config.ffn),
+        attention_out=_linear(weights, f"{name}.self_attn.out_proj", width, width),
+        ffn_norm=_norm(weights, f"{name}.layer_norm2", width, config.norm_eps),
+        fc1=_linear(weights, f"{name}.mlp.fc1", config.ffn, width),
+        fc2=_linear(weights, f"{name}.mlp.fc2", width, config.ffn),
         num_heads=config.num_heads,
     )

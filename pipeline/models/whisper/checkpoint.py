@@ -8,7 +8,7 @@ is refused. The output projection of Whisper is the token embedding, so it has n
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from pipeline.errors import ModelError
+from pipeline.models.tensors import find_problems
 from pipeline.models.weights import ModelFiles, ModelParams, check_hashes, locate_model, read_json
 from pipeline.models.whisper.ct2 import Ct2Binary
 
@@ -25,7 +26,6 @@ Part = Literal["encoder", "decoder"]
 # OpenAI's multilingual vocabularies have 51,865 tokens (large-v3: 51,866), the English-only ones 51,864.
 _MIN_MULTILINGUAL_VOCAB = 51_865
 _CT2_GELU = 3
-_MAX_NAMES_TOLD = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,24 +109,8 @@ def _norm_shapes(name: str, width: int) -> dict[str, tuple[int, ...]]:
 
 
 def _check_names(label: str, found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]) -> None:
-    problems = []
-    for what, names in (("missing", expected.keys() - found.keys()), ("unexpected", found.keys() - expected.keys())):
-        if names:
-            problems.append(f"{what}: {_some(sorted(names))}")
-    wrong = [
-        f"{name} is {list(found[name])}, expected {list(shape)}"
-        for name, shape in sorted(expected.items())
-        if name in found and found[name] != shape
-    ]
-    if wrong:
-        problems.append(f"mis-shaped: {_some(wrong)}")
-    if problems:
+    if problems := find_problems(found, expected):
         raise ModelError(f"the tensors of {label} are not those of its config; {'; '.join(problems)}")
-
-
-def _some(names: Sequence[str]) -> str:
-    told = ", ".join(names[:_MAX_NAMES_TOLD])
-    return told if len(names) <= _MAX_NAMES_TOLD else f"{told} and {len(names) - _MAX_NAMES_TOLD} more"
 
 
 # Hugging Face

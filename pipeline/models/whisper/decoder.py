@@ -28,8 +28,8 @@ from torch import Tensor
 from pipeline.decode.kv_cache import KvMemory, KvShape
 from pipeline.decode.runner import Lease, Row
 from pipeline.models.linear import Arithmetic, Linear, LinearFactory, pack_linear, reduced_linear
+from pipeline.models.norm import Norm, read_norm
 from pipeline.models.whisper.checkpoint import WhisperCheckpoint
-from pipeline.models.whisper.norm import Norm, read_norm
 
 _MIN_QUERIES = 4
 _MIN_SINGLES = 2  # fewer rows of one token gain nothing by attending together

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from pipeline.models.attention import attend
 from pipeline.models.linear import Arithmetic, Int8Linear, Linear, LinearFactory, fast_linear
+from pipeline.models.norm import Norm, read_norm
 from pipeline.models.whisper.checkpoint import WhisperCheckpoint
 from pipeline.models.whisper.log_mel import HOP_SAMPLES
-from pipeline.models.whisper.norm import Norm, read_norm
 
 POSITION_SAMPLES = 2 * HOP_SAMPLES
 """One position of the encoder: 320 samples, 20 ms."""
@@ -56,11 +57,7 @@ class _Layer:
     num_heads: int
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        num_windows, num_positions, width = x.shape
-        qkv = self.qkv(self.attention_norm(x)).view(num_windows, num_positions, 3, self.num_heads, -1)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each [windows, heads, positions, width / heads]
-        heads = F.scaled_dot_product_attention(query, key, value)
-        x = x + self.attention_out(heads.transpose(1, 2).reshape(num_windows, num_positions, width))
+        x = x + self.attention_out(attend(self.qkv(self.attention_norm(x)), self.num_heads))
         return x + self.fc2(F.gelu(self.fc1(self.ffn_norm(x))))
 
 

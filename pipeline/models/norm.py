@@ -1,4 +1,4 @@
-"""Layer normalisation, as both of Whisper's networks have it."""
+"""Layer normalisation, as encoders and decoders of several models have it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+_EPS = 1e-5
+
 
 @dataclass(frozen=True, slots=True)
 class Norm:
@@ -16,10 +18,11 @@ class Norm:
 
     weight: Tensor
     bias: Tensor
+    eps: float = _EPS
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return [..., width] for `x` [..., width]."""
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias)
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
 
 
 def read_norm(tensors: Mapping[str, Tensor], name: str, device: torch.device | None = None) -> Norm:
