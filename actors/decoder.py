@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from actors.threads import choose_num_threads
 from pipeline.decode.embeddings_to_hypotheses import DecodeEngine, DecoderParams
 from pipeline.errors import StageUnavailable
-from pipeline.items import DecodeRequest, Embeddings, Failure, FailureKind, Outcome, SnapshotKey, Task
+from pipeline.items import DecodeRequest, Embeddings, Failure, FailureKind, Outcome, RequestKey, Task
 from pipeline.models.weights import ModelParams
 
 logger = logging.getLogger(__name__)
@@ -50,8 +50,8 @@ class _Reply:
 
     loop: asyncio.AbstractEventLoop
     outcomes: asyncio.Queue[Outcome]
-    open_tasks: dict[SnapshotKey, set[Task]] = field(default_factory=dict)
-    admitted: set[SnapshotKey] = field(default_factory=set)  # those that have a place with the engine
+    open_tasks: dict[RequestKey, set[Task]] = field(default_factory=dict)
+    admitted: set[RequestKey] = field(default_factory=set)  # those that have a place with the engine
 
     def take_note(self, outcome: Outcome) -> bool:
         """Return whether `outcome` is still expected, and expect it no more."""
@@ -83,7 +83,7 @@ class _Undecided:
 
 @dataclass(frozen=True, slots=True)
 class _Cancel:
-    key: SnapshotKey
+    key: RequestKey
     reply: _Reply
 
 
@@ -191,7 +191,7 @@ class Decoder:
             reply.admitted.add(job.request.key)
             self._submit(job)
 
-    def _leave(self, reply: _Reply, key: SnapshotKey) -> None:
+    def _leave(self, reply: _Reply, key: RequestKey) -> None:
         reply.admitted.remove(key)
         self._room.release()
 
@@ -218,7 +218,7 @@ class Decoder:
             loaded.set_exception(exc)
             return
         loaded.set_result(info)
-        undecided: dict[SnapshotKey, _Undecided] = {}
+        undecided: dict[RequestKey, _Undecided] = {}
         reason = "the decoder was closed"
         try:
             self._step_until_closed(engine, undecided)
@@ -229,7 +229,7 @@ class Decoder:
         self._stepping_since = None
         self._fail_rest(undecided, reason)
 
-    def _step_until_closed(self, engine: DecodeEngine, undecided: dict[SnapshotKey, _Undecided]) -> None:
+    def _step_until_closed(self, engine: DecodeEngine, undecided: dict[RequestKey, _Undecided]) -> None:
         while not self._is_closed:
             # Waits for a command only when there is nothing to decode.
             if not self._inbox.empty() or not engine.has_work:
@@ -242,7 +242,7 @@ class Decoder:
                 _settle(undecided, outcome)
             self._stepping_since = None
 
-    def _fail_rest(self, undecided: dict[SnapshotKey, _Undecided], reason: str) -> None:
+    def _fail_rest(self, undecided: dict[RequestKey, _Undecided], reason: str) -> None:
         for key in list(undecided):
             _settle(undecided, Failure(key, None, FailureKind.UNAVAILABLE, reason))
         while True:
@@ -258,7 +258,7 @@ def _now_ms() -> float:
     return time.monotonic() * 1_000
 
 
-def _obey(engine: DecodeEngine, undecided: dict[SnapshotKey, _Undecided], command: _Submit | _Cancel) -> None:
+def _obey(engine: DecodeEngine, undecided: dict[RequestKey, _Undecided], command: _Submit | _Cancel) -> None:
     if isinstance(command, _Cancel):
         entry = undecided.get(command.key)
         if entry is not None and entry.reply is command.reply:
@@ -279,7 +279,7 @@ def _obey(engine: DecodeEngine, undecided: dict[SnapshotKey, _Undecided], comman
     undecided[key] = _Undecided(command.reply, len(command.request.tasks))
 
 
-def _settle(undecided: dict[SnapshotKey, _Undecided], outcome: Outcome) -> None:
+def _settle(undecided: dict[RequestKey, _Undecided], outcome: Outcome) -> None:
     entry = undecided.get(outcome.key)
     if entry is None:
         return

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from pydantic import Field
 
 from actors.cadence import CadenceParams
-from pipeline.items import Failure, FailureKind, Outcome, Snapshot, SnapshotKey
+from pipeline.items import Failure, FailureKind, Outcome, RequestKey, Snapshot
 from pipeline.params import Params
 from pipeline.stream_params import NUM_OPENING_SNAPSHOTS
 
@@ -85,10 +85,10 @@ class DispatchQueue:
         self._params = params
         self._predict_ms = predict_ms
         self._num_added = 0
-        self._finals: dict[SnapshotKey, _Entry] = {}
-        self._suspects: dict[SnapshotKey, _Entry] = {}
+        self._finals: dict[RequestKey, _Entry] = {}
+        self._suspects: dict[RequestKey, _Entry] = {}
         self._partials: dict[UtteranceKey, _Entry] = {}
-        self._in_flight: dict[SnapshotKey, _Entry] = {}
+        self._in_flight: dict[RequestKey, _Entry] = {}
         self._partials_in_flight: set[UtteranceKey] = set()
 
     @property
@@ -112,7 +112,7 @@ class DispatchQueue:
         """Whether another snapshot may wait."""
         return self.num_waiting < self._params.max_waiting_snapshots
 
-    def is_in_flight(self, key: SnapshotKey) -> bool:
+    def is_in_flight(self, key: RequestKey) -> bool:
         """Whether `key` was sent and has open tasks."""
         return key in self._in_flight
 
@@ -186,11 +186,11 @@ class DispatchQueue:
             self._land(entry)
         return True
 
-    def put_back(self, keys: Iterable[SnapshotKey]) -> list[Failure]:
+    def put_back(self, keys: Iterable[RequestKey]) -> list[Failure]:
         """Let snapshots wait again that never reached a stage; return the failures of those overtaken meanwhile."""
         return [failure for entry in self._landed(keys) if (failure := self._requeue(entry)) is not None]
 
-    def lose(self, keys: Iterable[SnapshotKey], now_ms: float, reason: str) -> list[Failure]:
+    def lose(self, keys: Iterable[RequestKey], now_ms: float, reason: str) -> list[Failure]:
         """Take note that a stage died (or fell silent) under `keys`; return what is not submitted again."""
         failures = []
         for entry in self._landed(keys):
@@ -223,7 +223,7 @@ class DispatchQueue:
             self._unqueue(entry)
         return [_expired(entry, now_ms, "no stage took it") for entry in (*late_partials, *late_finals)]
 
-    def abandon(self, key: SnapshotKey) -> None:
+    def abandon(self, key: RequestKey) -> None:
         """Take note that nobody waits for `key` (any more). What is in flight is not sent again."""
         entry = self._waiting(key)
         if entry is not None:
@@ -231,7 +231,7 @@ class DispatchQueue:
         if key in self._in_flight:
             self._in_flight[key].is_abandoned = True
 
-    def is_abandoned(self, keys: Iterable[SnapshotKey]) -> bool:
+    def is_abandoned(self, keys: Iterable[RequestKey]) -> bool:
         """Whether nobody waits for any of `keys` any more."""
         return all(key not in self._in_flight or self._in_flight[key].is_abandoned for key in keys)
 
@@ -290,7 +290,7 @@ class DispatchQueue:
     def _room(self) -> int:
         return self._params.max_in_flight_snapshots - len(self._in_flight)
 
-    def _landed(self, keys: Iterable[SnapshotKey]) -> list[_Entry]:
+    def _landed(self, keys: Iterable[RequestKey]) -> list[_Entry]:
         entries = [self._in_flight[key] for key in keys if key in self._in_flight]
         for entry in entries:
             self._land(entry)
@@ -314,12 +314,12 @@ class DispatchQueue:
             self._partials[_utterance_of(key)] = entry
         return None
 
-    def _is_overtaken(self, key: SnapshotKey) -> bool:
+    def _is_overtaken(self, key: RequestKey) -> bool:
         utterance = _utterance_of(key)
         finals = (*self._finals, *self._suspects)
         return utterance in self._partials or any(_utterance_of(final) == utterance for final in finals)
 
-    def _waiting(self, key: SnapshotKey) -> _Entry | None:
+    def _waiting(self, key: RequestKey) -> _Entry | None:
         partial = self._partials.get(_utterance_of(key))
         if partial is not None and partial.snapshot.key == key:
             return partial
@@ -343,7 +343,7 @@ def is_opening(snapshot: Snapshot) -> bool:
     return not snapshot.is_final and not has_text and snapshot.key.revision <= NUM_OPENING_SNAPSHOTS
 
 
-def _utterance_of(key: SnapshotKey) -> UtteranceKey:
+def _utterance_of(key: RequestKey) -> UtteranceKey:
     return (key.stream_id, key.utterance)
 
 

@@ -24,7 +24,7 @@ from actors.metrics import Metrics
 from actors.stages import StagesInfo
 from actors.transport import StageCall, Transport
 from pipeline.errors import StageUnavailable
-from pipeline.items import DecodeRequest, Failure, FailureKind, Outcome, Snapshot, SnapshotKey
+from pipeline.items import DecodeRequest, Failure, FailureKind, Job, Outcome, RequestKey, Snapshot
 from pipeline.stream_params import SnapshotParams
 
 logger = logging.getLogger(__name__)
@@ -54,8 +54,8 @@ class StageDriver:
         self._cost = cost
         self._metrics = metrics
         self._queue = DispatchQueue(params, cost.predict_ms)
-        self._mailboxes: dict[SnapshotKey, asyncio.Queue[Outcome]] = {}
-        self._submitted_ms: dict[SnapshotKey, float] = {}
+        self._mailboxes: dict[RequestKey, asyncio.Queue[Outcome]] = {}
+        self._submitted_ms: dict[RequestKey, float] = {}
         self._wakeup = asyncio.Event()
         self._has_room = asyncio.Condition()
         self._num_encoding = 0
@@ -66,7 +66,7 @@ class StageDriver:
         self._partial_deadline_ms = 2.0 * bounds.max_cadence_ms
         self._load = LoadMeter(_now_ms())
         self._calls: set[asyncio.Task[None]] = set()
-        self._decoding: dict[StageCall, set[SnapshotKey]] = {}
+        self._decoding: dict[StageCall, set[RequestKey]] = {}
         self._sender: asyncio.Task[None] | None = None
         self._adapter: asyncio.Task[None] | None = None
         self._is_closed = False
@@ -124,7 +124,11 @@ class StageDriver:
                 self._queue.abandon(key)
                 await self._tell_room()
 
-    def withdraw(self, key: SnapshotKey) -> None:
+    async def submit_job(self, job: Job) -> Outcome:
+        """Return what came of `job` (see `Stages.submit_job`)."""
+        raise NotImplementedError
+
+    def withdraw(self, key: RequestKey) -> None:
         """Fail `key` as superseded (see `Stages.withdraw`)."""
         if key in self._mailboxes:
             self._queue.abandon(key)
@@ -223,12 +227,12 @@ class StageDriver:
             self._wakeup.set()
             await self._tell_room()
 
-    async def _receive(self, call: StageCall, open_keys: list[SnapshotKey], encoding: asyncio.Task[float]) -> None:
+    async def _receive(self, call: StageCall, open_keys: list[RequestKey], encoding: asyncio.Task[float]) -> None:
         """Deliver the outcomes of `call`, taking from `open_keys` what is answered, to its end.
 
         One that has answered everything ends by itself; only what nobody waits for is given up before.
         """
-        lost: list[SnapshotKey] = []
+        lost: list[RequestKey] = []
         reason = ""
         async with aclosing(call.outcomes()) as raw, aclosing(self._patiently(raw)) as outcomes:
             async for outcome in outcomes:
@@ -318,7 +322,7 @@ class StageDriver:
         self._num_encoding += num_calls
         self._load.set_encoding(self._num_encoding / self._transport.max_calls, _now_ms())
 
-    def _note_decoded(self, call: StageCall, key: SnapshotKey) -> None:
+    def _note_decoded(self, call: StageCall, key: RequestKey) -> None:
         open_keys = self._decoding.get(call, set())
         if key in open_keys and not self._queue.is_in_flight(key):
             open_keys.remove(key)
@@ -326,14 +330,14 @@ class StageDriver:
 
     # -- outcomes ---------------------------------------------------------------------------------
 
-    def _lose(self, keys: list[SnapshotKey], reason: str) -> None:
+    def _lose(self, keys: list[RequestKey], reason: str) -> None:
         self._metrics.stage_losses.inc()
         failures = self._queue.lose(keys, _now_ms(), reason)
         given_up = {failure.key for failure in failures}
         self._metrics.retries.inc(sum(key not in given_up and key in self._mailboxes for key in keys))
         self._deliver_failures(failures)
 
-    def _fail_open(self, keys: Iterable[SnapshotKey], message: str) -> None:
+    def _fail_open(self, keys: Iterable[RequestKey], message: str) -> None:
         for key in keys:
             if self._queue.is_in_flight(key):
                 failure = Failure(key, None, FailureKind.FAILED, message)

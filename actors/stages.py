@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Protocol
 
-from pipeline.items import Outcome, Snapshot, SnapshotKey
+from pipeline.items import Job, Outcome, RequestKey, Snapshot, TaskKind
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +21,17 @@ class StagesInfo:
     arithmetic: str  # a phrase: what partials and finals are computed in
     languages: tuple[str, ...]
     translates_to: tuple[str, ...]
+    tasks: frozenset[TaskKind] = frozenset({TaskKind.TRANSCRIBE, TaskKind.TRANSLATE})
+    eyes: EyesInfo | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EyesInfo:
+    """How pictures are taken in: what a source brings its frames to, so that no stage has to resize them."""
+
+    crop_size: int
+    patch_size: int
+    max_crops: int
 
 
 class Stages(Protocol):
@@ -45,7 +56,14 @@ class Stages(Protocol):
         """
         ...
 
-    def withdraw(self, key: SnapshotKey) -> None:
+    async def submit_job(self, job: Job) -> Outcome:
+        """Return what came of `job`. Never raises for what happens to it; cancelling gives it up.
+
+        A newer description of the same stream overtakes one that still waits, which fails as SUPERSEDED.
+        """
+        ...
+
+    def withdraw(self, key: RequestKey) -> None:
         """Nobody needs the outcomes of `key` any more: what is open of it fails as SUPERSEDED, sent or not."""
         ...
 

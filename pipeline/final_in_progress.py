@@ -11,7 +11,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from pipeline.items import TRANSCRIBE, CloseReason, Failure, Hypothesis, Outcome, Snapshot, SnapshotKey, Task, TaskKind
+from pipeline.items import (
+    TRANSCRIBE,
+    CloseReason,
+    Failure,
+    Hypothesis,
+    Outcome,
+    RequestKey,
+    Snapshot,
+    SnapshotKey,
+    Task,
+    TaskKind,
+)
 from pipeline.records import BaseRecord
 from pipeline.text.hypotheses_to_records import Utterance, to_error, to_final, to_translation
 from pipeline.text.skipped_speech import SkippedSpeechParams, Stretch, find_skipped, put_in, shortened
@@ -60,7 +71,7 @@ class FinalInProgress:
         return self._snapshot.end_sample
 
     @property
-    def keys(self) -> tuple[SnapshotKey, ...]:
+    def keys(self) -> tuple[RequestKey, ...]:
         """What it waits for: the snapshot, and the second look that was handed out."""
         look = () if self._look is None or self._is_look_due else (self._look.snapshot.key,)
         return (self._snapshot.key, *look) if self._open_tasks else ()

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.timebase import CHUNK_SAMPLES
+from pipeline.vision.crop_layout import CropLayout
 
 
 class TaskKind(StrEnum):
@@ -22,11 +23,14 @@ class TaskKind(StrEnum):
 
     TRANSCRIBE = "transcribe"
     TRANSLATE = "translate"
+    SUMMARISE = "summarise"  # a text, or sound
+    DESCRIBE = "describe"  # one picture, or several
+    ANSWER = "answer"  # a question, spoken or typed, about sound and pictures
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One thing to decode from a snapshot. `target_language` (ISO 639-1) is set for translations only."""
+    """One thing to decode from a context. `target_language` (ISO 639-1) is set for translations only."""
 
     kind: TaskKind
     target_language: str | None = None
@@ -105,6 +109,29 @@ class SnapshotKey:
 
 
 @dataclass(frozen=True, slots=True)
+class JobKey:
+    """Identity of a job: which stream (or request of its own), what kind of work, and which one of these, from 1."""
+
+    stream_id: str
+    kind: TaskKind
+    number: int
+
+    @property
+    def utterance(self) -> int:
+        """0: a job is about no utterance."""
+        return 0
+
+    @property
+    def revision(self) -> int:
+        """Its number: a newer job of its kind has a higher one."""
+        return self.number
+
+
+RequestKey = SnapshotKey | JobKey
+"""Identity of whatever the stages are asked."""
+
+
+@dataclass(frozen=True, slots=True)
 class Snapshot:
     """An utterance at one moment, self-contained: any replica can serve it.
 
@@ -115,7 +142,7 @@ class Snapshot:
     speed, never text. `wants_words`: word times are wanted of a partial too.
     """
 
-    key: SnapshotKey
+    key: RequestKey
     channel: int
     is_final: bool
     start_sample: int
@@ -135,22 +162,83 @@ class Snapshot:
 
 @dataclass(frozen=True, slots=True)
 class Embeddings:
-    """What the audio encoder made of one snapshot: float32[num_positions, width], 20 ms a position for Whisper."""
+    """What the audio encoder made of one snapshot: float32[num_positions, width].
 
-    key: SnapshotKey
+    A position is 20 ms for Whisper, 80 ms for Phi-4-multimodal (there what its conformer gives, not yet projected).
+    """
+
+    key: RequestKey
     values: NDArray[np.float32]
     num_audio_samples: int  # without the silence behind them
 
 
 @dataclass(frozen=True, slots=True)
-class DecodeRequest:
-    """What the decoder needs of a snapshot besides its embeddings (no samples).
+class Frame:
+    """A video frame (or a still picture): RGB, uint8[height, width, 3], seen at `start_sample` of the media clock."""
 
-    `deadline_in_ms` counts from the moment the decoder gets it, as clocks of processes differ. A partial whose deadline
-    has passed fails as EXPIRED; finals are only ordered by theirs.
+    start_sample: int
+    pixels: NDArray[np.uint8]
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One thing to do besides captions, self-contained: describe, summarise or answer.
+
+    Of `frames`, `samples` (int16[n], 16 kHz) and `text` it has what its task is about: a description has frames, a
+    summary a text or samples, an answer the typed question in `text` or the spoken one in `samples`.
     """
 
-    key: SnapshotKey
+    key: JobKey
+    task: Task
+    text: str = ""
+    frames: tuple[Frame, ...] = ()
+    samples: NDArray[np.int16] | None = None
+
+    @property
+    def snapshot(self) -> Snapshot | None:
+        """Its sound as the audio encoder takes it; None without sound."""
+        if self.samples is None:
+            return None
+        return Snapshot(self.key, 0, True, 0, self.samples, None, (), (), (self.task,))
+
+
+@dataclass(frozen=True, slots=True)
+class FrameSet:
+    """The frames of one job, for the vision encoder."""
+
+    key: JobKey
+    frames: tuple[Frame, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """One picture as the vision encoder gives it, the crop of the whole first.
+
+    `values` is float32[layout.num_crops, side, side, width], a token each, not yet projected nor separated by rows.
+    """
+
+    layout: CropLayout
+    values: NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Pictures:
+    """What the vision encoder made of a job's frames, in their order."""
+
+    key: JobKey
+    pictures: tuple[Picture, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeRequest:
+    """What the decoder needs of a snapshot or a job besides its embeddings (no samples, no frames).
+
+    `text` is what is to be summarised, or a typed question. `deadline_in_ms` counts from the moment the decoder gets
+    it, as clocks of processes differ. A partial whose deadline has passed fails as EXPIRED; finals are only ordered by
+    theirs.
+    """
+
+    key: RequestKey
     is_final: bool
     language: str | None
     languages: tuple[str, ...]
@@ -159,6 +247,7 @@ class DecodeRequest:
     deadline_in_ms: float | None = None
     prefix: tuple[int, ...] = ()
     wants_words: bool = False
+    text: str = ""
 
     @classmethod
     def of(cls, snapshot: Snapshot, deadline_in_ms: float | None = None) -> Self:
@@ -175,6 +264,11 @@ class DecodeRequest:
             deadline_in_ms=deadline_in_ms,
         )
 
+    @classmethod
+    def of_job(cls, job: Job) -> Self:
+        """Return what the decoder needs to know of `job`."""
+        return cls(job.key, True, None, (), (), (job.task,), text=job.text)
+
 
 @dataclass(frozen=True, slots=True)
 class Word:
@@ -189,14 +283,14 @@ class Word:
 
 @dataclass(frozen=True, slots=True)
 class Hypothesis:
-    """What the decoder answers for one snapshot and one task.
+    """What the decoder answers for one snapshot (or job) and one task.
 
     `tokens` are text tokens only, the prefix included (they are the next draft). `words` is filled for transcriptions:
     of finals, and of partials of which words are wanted or that have so few tokens that they may pass over speech.
     `guard` names the guard that fired: the text is then already cut (or empty), and the tokens must not become a draft.
     """
 
-    key: SnapshotKey
+    key: RequestKey
     task: Task
     text: str
     tokens: tuple[int, ...]
@@ -221,7 +315,7 @@ class FailureKind(StrEnum):
 class Failure:
     """The outcome of a snapshot (or of one of its tasks) that has no hypothesis. `task` None means all of them."""
 
-    key: SnapshotKey
+    key: RequestKey
     task: Task | None
     kind: FailureKind
     message: str

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from pipeline.final_in_progress import FinalInProgress
-from pipeline.items import Chunk, Hypothesis, SnapshotKey
+from pipeline.items import Chunk, Hypothesis, RequestKey
 from pipeline.stream_params import NUM_OPENING_SNAPSHOTS, SnapshotParams
 from pipeline.text.partial_window import PartialWindow
 from pipeline.text.skipped_speech import SkippedSpeechParams, num_units_before_skipped
@@ -84,7 +84,7 @@ class OpenUtterance:
         is_worth_it = new_speech_ms >= (_LAST_SPEECH_MS if has_paused else _NEW_SPEECH_MS)
         return is_worth_it and end_sample - since >= ms_to_samples(wanted_ms)
 
-    def forget_early(self) -> tuple[SnapshotKey, ...]:
+    def forget_early(self) -> tuple[RequestKey, ...]:
         """Give up the early final, if there is one; return the keys of what it waited for."""
         early, self.early, self.shown_early = self.early, None, None
         return () if early is None else early.keys

@@ -25,6 +25,7 @@ from pipeline.items import (
     Gap,
     Hypothesis,
     Outcome,
+    RequestKey,
     Snapshot,
     SnapshotKey,
     Task,
@@ -80,7 +81,7 @@ class Stream:
         self._open: dict[int, OpenUtterance] = {}  # by channel
         self._closed: dict[int, FinalInProgress] = {}  # by utterance number
         self._finals_due: list[Snapshot] = []
-        self._void_keys: list[SnapshotKey] = []
+        self._void_keys: list[RequestKey] = []
         self._next_sequence = start.next_sequence
         self._next_utterance = start.next_utterance
         self._end_sample = start.start_sample
@@ -170,7 +171,7 @@ class Stream:
                 due.append(self._take_partial(utterance))
         return due
 
-    def take_void_keys(self) -> list[SnapshotKey]:
+    def take_void_keys(self) -> list[RequestKey]:
         """Return the keys of snapshots handed out whose outcomes nobody needs any more, each once."""
         keys, self._void_keys = self._void_keys, []
         return keys

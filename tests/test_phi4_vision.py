@@ -21,8 +21,9 @@ from transformers.models.phi4_multimodal.modeling_phi4_multimodal import Phi4Mul
 
 from pipeline.errors import MediaError, ModelError
 from pipeline.models.phi4.config import VisionConfig
-from pipeline.models.phi4.crops import PictureCrops, cut_crops, plan_crops
+from pipeline.models.phi4.crops import PictureCrops, cut_crops
 from pipeline.models.phi4.siglip import SiglipEncoder, VisionProjection
+from pipeline.vision.crop_layout import plan_crops
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -259,9 +260,9 @@ def test_a_picture_of_any_size_is_laid_out_as_the_image_processor_does(width: in
     except ValueError as refusal:
         assert "extreme" in str(refusal)
         with pytest.raises(MediaError, match="cut it into shorter pieces"):
-            plan_crops(width, height, REAL, max_crops)
+            plan_crops(width, height, REAL.crop_size, REAL.patch_size, max_crops)
         return
-    layout = plan_crops(width, height, REAL, max_crops)
+    layout = plan_crops(width, height, REAL.crop_size, REAL.patch_size, max_crops)
     assert tuple(mask.shape) == (layout.rows * 32, layout.columns * 32)
     assert (layout.valid_rows, layout.valid_columns) == (int(mask[:, 0].sum()), int(mask[0].sum()))
     assert layout.rows * layout.columns <= max_crops
@@ -283,11 +284,11 @@ def test_a_picture_of_any_size_is_laid_out_as_the_image_processor_does(width: in
     ],
 )
 def test_the_real_model_has_the_published_number_of_tokens(size_px: tuple[int, int], num_tokens: int) -> None:
-    assert plan_crops(*size_px, REAL).num_tokens == num_tokens
+    assert plan_crops(*size_px, REAL.crop_size, REAL.patch_size).num_tokens == num_tokens
 
 
 def test_fewer_crops_cost_fewer_tokens() -> None:
-    layout = plan_crops(1_920, 1_080, REAL, max_crops=6)
+    layout = plan_crops(1_920, 1_080, REAL.crop_size, REAL.patch_size, max_crops=6)
     assert layout.num_crops <= 7
     assert layout.num_tokens < 1_900
 
@@ -295,7 +296,7 @@ def test_fewer_crops_cost_fewer_tokens() -> None:
 @pytest.mark.parametrize("arguments", [(0, 10), (10, 0), (10, 10, 0)], ids=str)
 def test_sizes_below_one_are_refused(arguments: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="all must be >= 1"):
-        plan_crops(arguments[0], arguments[1], REAL, *arguments[2:])
+        plan_crops(arguments[0], arguments[1], REAL.crop_size, REAL.patch_size, *arguments[2:])
 
 
 @pytest.mark.parametrize("picture", [torch.zeros(3, 8, 8, dtype=torch.uint8), torch.zeros(8, 8, 3)], ids=["CHW", "f32"])
@@ -309,7 +310,7 @@ def test_what_is_no_rgb_picture_is_refused(picture: torch.Tensor) -> None:
 
 def test_the_pictures_are_padded_in_every_way() -> None:
     config = vision_config(tiny_config().vision_config)
-    layouts = {name: plan_crops(*size, config) for name, size in PICTURES.items()}
+    layouts = {name: plan_crops(*size, config.crop_size, config.patch_size) for name, size in PICTURES.items()}
     valid = {name: (layout.valid_columns, layout.valid_rows) for name, layout in layouts.items()}
     assert valid == {
         "exactly one crop": (4, 4),

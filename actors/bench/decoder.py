@@ -25,7 +25,7 @@ from pipeline.audio.utterances_to_embeddings import UtterancesToEmbeddings
 from pipeline.decode.embeddings_to_hypotheses import DecodeEngine
 from pipeline.decode.guards import token_cap
 from pipeline.errors import StageError
-from pipeline.items import TRANSCRIBE, DecodeRequest, Embeddings, Failure, Hypothesis, Snapshot, SnapshotKey
+from pipeline.items import TRANSCRIBE, DecodeRequest, Embeddings, Failure, Hypothesis, RequestKey, Snapshot, SnapshotKey
 from pipeline.models.whisper.runner import load_parts
 from pipeline.stream_params import AUTO
 
@@ -224,7 +224,7 @@ class _Bench:
     ) -> tuple[list[Hypothesis], int]:
         """Return the engine's hypotheses of `items`, in their order, and its number of steps."""
         engine, num_steps = self._engine, 0
-        found: dict[SnapshotKey, Hypothesis] = {}
+        found: dict[RequestKey, Hypothesis] = {}
         for batch in [items] if is_batched else [[item] for item in items]:
             for item in batch:
                 engine.submit(item.request(has_draft=has_drafts, is_final=is_final), item.embeddings)

@@ -29,7 +29,7 @@ from pipeline.items import (
     FailureKind,
     Hypothesis,
     Outcome,
-    SnapshotKey,
+    RequestKey,
     Task,
     TaskKind,
     Word,
@@ -150,8 +150,8 @@ class DecodeEngine:
         self._params = params
         self._runner = parts.runner
         self._prompter = parts.prompter
-        self._scheduler: Scheduler[SnapshotKey] = Scheduler(params.scheduler)
-        self._active: dict[SnapshotKey, _Active] = {}
+        self._scheduler: Scheduler[RequestKey] = Scheduler(params.scheduler)
+        self._active: dict[RequestKey, _Active] = {}
         self._outcomes: list[Outcome] = []
         # The language last detected in a stream: a guess that saves a pass when it is right and changes no result.
         self._guesses: OrderedDict[str, str] = OrderedDict()
@@ -213,7 +213,7 @@ class DecodeEngine:
         for ended in given_up:
             self._give_up(ended)
 
-    def cancel(self, key: SnapshotKey) -> None:
+    def cancel(self, key: RequestKey) -> None:
         """Forget the request with `key`: it has no outcome from now on. Nothing happens if there is none."""
         ended = self._scheduler.cancel(key)
         if ended is not None:
@@ -231,7 +231,7 @@ class DecodeEngine:
         for key in plan.preempted:
             self._close(self._active[key])
             self._active[key].sequence.restart()
-        reports: dict[SnapshotKey, Progress | EndReason] = {}
+        reports: dict[RequestKey, Progress | EndReason] = {}
         running: list[tuple[_Active, Feed, Row]] = []
         for piece in plan.pieces:
             active = self._active[piece.id]
@@ -276,7 +276,7 @@ class DecodeEngine:
         sequence = TokenSequence(prompt, request.draft, limits, self._prompter.decode)
         return _Active(request, embeddings, sequence, limits)
 
-    def _give_up(self, ended: Ended[SnapshotKey]) -> None:
+    def _give_up(self, ended: Ended[RequestKey]) -> None:
         self._close(self._active.pop(ended.id))
         kind, message = _MESSAGES[ended.reason]
         self._outcomes.append(Failure(ended.id, None, kind, message))
@@ -295,7 +295,7 @@ class DecodeEngine:
 
     # -- one step ---------------------------------------------------------------------------------
 
-    def _row(self, active: _Active, piece: Piece[SnapshotKey]) -> tuple[_Active, Feed, Row]:
+    def _row(self, active: _Active, piece: Piece[RequestKey]) -> tuple[_Active, Feed, Row]:
         if active.lease is None:
             num_tokens = _MAX_PROMPT_TOKENS + len(active.request.prefix) + active.limits.max_new_tokens + 1
             active.lease = self._runner.open(

@@ -6,10 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
-from pipeline.items import Word
+from pipeline.items import Embeddings, Pictures, Word
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +28,8 @@ class Row:
     """What one request feeds in one forward pass.
 
     `tokens` go to the places of the lease from `position` on. A pick is wanted after each token from index `pick_from`
-    on (none if that is the number of tokens); the first of them starts a text if `is_begin`. `reads_start`: tokens[0]
+    on (none if that is the number of tokens); the first of them starts a text if `is_begin`. Tokens that stand for
+    positions of the context (placeholders) are replaced by what is there. `reads_start`: tokens[0]
     is the start token at place 0, and what the model thinks there of silence and language is wanted.
     """
 
@@ -77,6 +75,14 @@ class RowResult:
     start: StartReading | None
 
 
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What a request is about: sound, pictures, both or (a text is in the prompt) neither."""
+
+    sound: Embeddings | None = None
+    pictures: Pictures | None = None
+
+
 class DecodeRunner(Protocol):
     """A decoder network with its key/value memory. Single-threaded."""
 
@@ -86,23 +92,8 @@ class DecodeRunner(Protocol):
         ...
 
     @property
-    def max_tokens(self) -> int:
-        """Prompt and text tokens of a slot."""
-        ...
-
-    @property
-    def max_context_positions(self) -> int:
-        """Positions of embeddings that a slot holds."""
-        ...
-
-    @property
-    def context_width(self) -> int:
-        """Width of the embeddings."""
-        ...
-
-    @property
-    def context_positions_per_token(self) -> int:
-        """How many positions of context cost about as much to take in as one token."""
+    def has_one_arithmetic(self) -> bool:
+        """Whether rows of finals and of others can share a pass: they are computed in the same way."""
         ...
 
     @property
@@ -115,8 +106,26 @@ class DecodeRunner(Protocol):
         """The arithmetic under exact leases: "float32" or "int8"."""
         ...
 
-    def open(self, slot: int, embeddings: NDArray[np.float32], num_tokens: int, *, is_exact: bool) -> Lease:
-        """Lease `slot` for up to `num_tokens` tokens over `embeddings` float32[positions, width].
+    def check(self, context: Context) -> None:
+        """Check that the model can be asked about `context`.
+
+        Raises:
+            ValueError: if its shape, size or values cannot be used; the message says what is wrong.
+        """
+        ...
+
+    def context_cost(self, context: Context) -> int:
+        """Return what it costs to take `context` in when a slot is opened, in tokens' worth of arithmetic."""
+        ...
+
+    def max_new_tokens(self, num_prompt_tokens: int) -> int:
+        """Return how many tokens can follow a prompt of `num_prompt_tokens`; below 1: it does not fit at all."""
+        ...
+
+    def open(
+        self, slot: int, context: Context, num_prompt_tokens: int, max_new_tokens: int, *, is_exact: bool
+    ) -> Lease:
+        """Lease `slot` for a request about `context` whose prompts and texts have up to so many tokens.
 
         The slot stays free when this raises.
         """

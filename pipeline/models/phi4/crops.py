@@ -11,81 +11,16 @@ what it decided.
 
 from __future__ import annotations
 
-import functools
-import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
-from pipeline.errors import MediaError
 from pipeline.models.phi4.config import VisionConfig
+from pipeline.vision.crop_layout import MAX_CROPS, CropLayout, plan_crops
 
-MAX_CROPS = 36
-"""Crops of one picture in the model's fine-tuning, the one of the whole picture not counted."""
-
-_MIN_SIDE_PX = 10
 _WHITE = 255
 _HALF_RANGE = 127.5
-
-
-@dataclass(frozen=True, slots=True)
-class CropLayout:
-    """Where a picture lies in its grid: `columns` x `rows` crops, its pixels from the top left corner on.
-
-    Args:
-        columns: crops in a row of the grid.
-        rows: rows of crops.
-        width_px: the resized picture's; what is right of it in the grid is padding.
-        height_px: the resized picture's; what is below it is padding.
-        crop_size: pixels of a crop's side.
-        patch_size: pixels of a patch's side.
-    """
-
-    columns: int
-    rows: int
-    width_px: int
-    height_px: int
-    crop_size: int
-    patch_size: int
-
-    @property
-    def num_crops(self) -> int:
-        """Crops of the grid and the one of the whole picture."""
-        return self.columns * self.rows + 1
-
-    @property
-    def side_patches(self) -> int:
-        """Patches along a crop's side."""
-        return self.crop_size // self.patch_size
-
-    @property
-    def valid_columns(self) -> int:
-        """Patches along the grid's width that show some of the picture."""
-        padding_px = self.columns * self.crop_size - self.width_px
-        return self.columns * self.side_patches - padding_px // self.patch_size
-
-    @property
-    def valid_rows(self) -> int:
-        """Patches along the grid's height that show some of the picture."""
-        padding_px = self.rows * self.crop_size - self.height_px
-        return self.rows * self.side_patches - padding_px // self.patch_size
-
-    @property
-    def token_columns(self) -> int:
-        """Tokens in a row of the picture, its separator not counted."""
-        return math.ceil(self.valid_columns / 2)
-
-    @property
-    def token_rows(self) -> int:
-        """Rows of tokens of the picture."""
-        return math.ceil(self.valid_rows / 2)
-
-    @property
-    def num_tokens(self) -> int:
-        """What the decoder sees: rows of the grid and of the whole, each with a separator, and one between both."""
-        side = self.side_patches // 2
-        return self.token_rows * (self.token_columns + 1) + 1 + side * (side + 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,57 +38,6 @@ class PictureCrops:
     mask: torch.Tensor
 
 
-def plan_crops(width_px: int, height_px: int, config: VisionConfig, max_crops: int = MAX_CROPS) -> CropLayout:
-    """Return how a picture of that size is cut into at most `max_crops` crops beside the one of the whole.
-
-    Raises:
-        MediaError: if the picture is so long and thin that less than 10 pixels of its short side would be left.
-        ValueError: if a size or the number of crops is below 1.
-    """
-    if min(width_px, height_px, max_crops) < 1:
-        raise ValueError(f"a picture of {width_px} x {height_px} pixels, at most {max_crops} crops: all must be >= 1")
-    size = config.crop_size
-    columns, rows = _grid(width_px, height_px, size, max_crops)
-    # The order of these products decides how halves of pixels round, so it is the reference's.
-    width_ratio, height_ratio = size * columns / width_px, size * rows / height_px
-    if width_ratio < height_ratio:
-        resized = size * columns, int(height_px * width_ratio)
-    else:
-        resized = int(width_px * height_ratio), size * rows
-    if min(resized) < _MIN_SIDE_PX:
-        raise MediaError(
-            f"a picture of {width_px} x {height_px} pixels would be resized to {resized[0]} x {resized[1]}; the model "
-            f"needs {_MIN_SIDE_PX} on either side: cut it into shorter pieces"
-        )
-    return CropLayout(columns, rows, *resized, size, config.patch_size)
-
-
-def _grid(width_px: int, height_px: int, crop_size: int, max_crops: int) -> tuple[int, int]:
-    """Return columns and rows: what covers the picture, else the allowed shape that is nearest to the picture's."""
-    columns, rows = math.ceil(width_px / crop_size), math.ceil(height_px / crop_size)
-    if columns * rows <= max_crops:
-        return columns, rows
-    aspect = width_px / height_px
-    best, least_difference = (1, 1), math.inf
-    for shape in _shapes(max_crops):
-        difference = abs(aspect - shape[0] / shape[1])
-        # Of equally near shapes a larger one, unless more than half of it would be invented by enlarging.
-        is_worth_it = width_px * height_px > 0.5 * crop_size * crop_size * shape[0] * shape[1]
-        if difference < least_difference or (difference == least_difference and is_worth_it):
-            best, least_difference = shape, difference
-    return best
-
-
-@functools.cache
-def _shapes(max_crops: int) -> tuple[tuple[int, int], ...]:
-    """Return all (columns, rows) of at most `max_crops` crops, from few crops to many.
-
-    The order of those with equally many is free: between two of them there is always a shape nearer to both.
-    """
-    shapes = [(columns, rows) for columns in range(1, max_crops + 1) for rows in range(1, max_crops // columns + 1)]
-    return tuple(sorted(shapes, key=lambda shape: shape[0] * shape[1]))
-
-
 def cut_crops(picture: torch.Tensor, config: VisionConfig, max_crops: int = MAX_CROPS) -> PictureCrops:
     """Return the crops of one RGB picture.
 
@@ -169,7 +53,7 @@ def cut_crops(picture: torch.Tensor, config: VisionConfig, max_crops: int = MAX_
     if picture.dtype != torch.uint8 or picture.dim() != 3 or picture.shape[2] != 3:
         raise ValueError(f"the picture is {picture.dtype}{list(picture.shape)}, expected uint8[height, width, 3]")
     height_px, width_px, _ = picture.shape
-    layout = plan_crops(width_px, height_px, config, max_crops)
+    layout = plan_crops(width_px, height_px, config.crop_size, config.patch_size, max_crops)
     size, rows, columns = layout.crop_size, layout.rows, layout.columns
     resized = F.interpolate(
         picture.permute(2, 0, 1)[None].contiguous(),

@@ -20,8 +20,8 @@ from pipeline.models.attention import attend
 from pipeline.models.linear import Linear, fast_linear
 from pipeline.models.norm import Norm
 from pipeline.models.phi4.config import VisionConfig
-from pipeline.models.phi4.crops import CropLayout
 from pipeline.models.tensors import CheckedTensors
+from pipeline.vision.crop_layout import CropLayout
 
 _POOLED = 2
 _BELOW_ONE = 1.0 - 1e-6

@@ -1,0 +1,1 @@
+"""Vision: frames to keyframes, keyframes to crops, crops to embeddings."""
