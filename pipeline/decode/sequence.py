@@ -39,12 +39,14 @@ class Prompt:
     """The special tokens before the text: start, language, task.
 
     If `language_choices` is not empty, the language is to be detected among these; the one in `tokens` is a guess.
-    `prefix` holds text tokens that are given: the text goes on from them.
+    `prefix` holds text tokens that are given: the text goes on from them. `draft` is how the text probably begins, to
+    be verified.
     """
 
     tokens: tuple[int, ...]
     language_choices: tuple[int, ...] = ()
     prefix: tuple[int, ...] = ()
+    draft: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
