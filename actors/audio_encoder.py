@@ -23,7 +23,7 @@ from pipeline.items import Embeddings, Failure, FailureKind, Snapshot
 from pipeline.models.weights import ModelParams
 
 if TYPE_CHECKING:
-    from pipeline.audio.utterances_to_embeddings import UtterancesToEmbeddings
+    from pipeline.audio.encoders import SnapshotEncoder
 
 logger = logging.getLogger(__name__)
 
@@ -130,17 +130,17 @@ class AudioEncoder:
             return [exc]
 
 
-def _load(model: ModelParams, params: EncoderParams) -> tuple[UtterancesToEmbeddings, EncoderInfo]:
+def _load(model: ModelParams, params: EncoderParams) -> tuple[SnapshotEncoder, EncoderInfo]:
     # Torch is imported here, in the thread that will use it: see the module's docstring.
     import torch  # noqa: PLC0415
 
-    from pipeline.audio.utterances_to_embeddings import UtterancesToEmbeddings  # noqa: PLC0415
+    from pipeline.audio.encoders import load_encoder  # noqa: PLC0415
 
     num_threads = choose_num_threads(model.encoder_threads, "encoder")
     # Each kind is measured as it runs: partials with one thread each, finals with all. The first calls, which allocate
     # and choose kernels, are made by it too.
     torch.set_num_threads(1)
-    encoder = UtterancesToEmbeddings(model, params, clock=time.perf_counter)
+    encoder = load_encoder(model, params, time.perf_counter)
     partial_cost = encoder.measure_cost(time.perf_counter, is_final=False)
     torch.set_num_threads(num_threads)
     final_cost = encoder.measure_cost(time.perf_counter, is_final=True)
