@@ -97,6 +97,7 @@ def shown(prompter: Phi4Prompter, question: Question) -> str:
     [
         (ask(TRANSCRIBE), "<5 sound>Transcribe the audio clip into text."),
         (ask(TRANSCRIBE, language="ja"), "<5 sound>Transcribe the audio clip into text."),
+        (ask(TRANSCRIBE, language="und"), "<5 sound>Transcribe the audio clip into text."),
         (
             ask(TO_GERMAN),
             "<5 sound>Transcribe the audio to text, and then translate the audio to German. Use <sep> as a separator "
@@ -200,14 +201,18 @@ def test_a_question_that_lacks_its_subject_is_refused(prompter: Phi4Prompter, qu
     [
         (ask(TRANSCRIBE), "und"),
         (ask(TRANSCRIBE, language="it"), "it"),
-        (ask(TO_GERMAN, language="en"), "de"),
+        (ask(TRANSCRIBE, language="und"), "und"),
+        (ask(TO_GERMAN, language="en"), "en"),
+        (ask(TO_GERMAN, language="und"), "und"),
         (ask(SUMMARISE, language="it"), "en"),
         (ask(DESCRIBE), "en"),
         (ask(ANSWER), "en"),
     ],
 )
-def test_the_language_of_an_answer_is_told(prompter: Phi4Prompter, question: Question, language: str) -> None:
-    assert prompter.language_of(question) == language
+def test_the_language_is_that_which_was_spoken_or_the_answers(
+    prompter: Phi4Prompter, question: Question, language: str
+) -> None:
+    assert prompter.language_of(question, ()) == language
 
 
 def test_a_text_ends_at_both_ends_whatever_the_config_names(tokenizer: Phi4Tokenizer, config: Phi4Config) -> None:
