@@ -39,8 +39,8 @@ class Prompt:
     """The special tokens before the text: start, language, task.
 
     If `language_choices` is not empty, the language is to be detected among these; the one in `tokens` is a guess.
-    `prefix` holds text tokens that are given: the text goes on from them. `draft` is how the text probably begins, to
-    be verified.
+    `prefix` holds text tokens that are given: the text goes on from them. `draft` holds those with which the text
+    probably begins, if whoever made the prompt knows.
     """
 
     tokens: tuple[int, ...]
