@@ -97,6 +97,7 @@ def shown(prompter: Phi4Prompter, question: Question) -> str:
     [
         (ask(TRANSCRIBE), "<5 sound>Transcribe the audio clip into text."),
         (ask(TRANSCRIBE, language="ja"), "<5 sound>Transcribe the audio clip into text."),
+        (ask(TRANSCRIBE, language="und"), "<5 sound>Transcribe the audio clip into text."),
         (
             ask(TO_GERMAN),
             "<5 sound>Transcribe the audio to text, and then translate the audio to German. Use <sep> as a separator "
@@ -200,14 +201,17 @@ def test_a_question_that_lacks_its_subject_is_refused(prompter: Phi4Prompter, qu
     [
         (ask(TRANSCRIBE), "und"),
         (ask(TRANSCRIBE, language="it"), "it"),
+        (ask(TRANSCRIBE, language="und"), "und"),
         (ask(TO_GERMAN, language="en"), "en"),
-        (ask(TO_GERMAN), "und"),
+        (ask(TO_GERMAN, language="und"), "und"),
         (ask(SUMMARISE, language="it"), "en"),
         (ask(DESCRIBE), "en"),
         (ask(ANSWER), "en"),
     ],
 )
-def test_the_language_heard_or_answered_in_is_told(prompter: Phi4Prompter, question: Question, language: str) -> None:
+def test_the_language_is_that_which_was_spoken_or_the_answers(
+    prompter: Phi4Prompter, question: Question, language: str
+) -> None:
     assert prompter.language_of(question, ()) == language
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 ORIGINAL = 256  # positions with short factors of the tiny checkpoint
 WINDOW_STEPS = 4_000  # 500 tokens
+ROOT = Path(__file__).parents[1]
 CLOSE = 2e-5
 CLOSE_ADAPTED = 1e-3
 FAR = 0.1
@@ -92,6 +94,17 @@ def make_decoder(folder: Path, config: Phi4Config) -> Phi4Decoder:
 
 def far(ours: Tensor, theirs: Tensor) -> float:
     return float((ours - theirs).abs().max())
+
+
+def test_the_tests_that_the_list_of_traps_names_are_there() -> None:
+    named = set(re.findall(r"`(test_\w+)`", (ROOT / "docs" / "phi4.md").read_text(encoding="utf-8")))
+    written = {
+        name
+        for path in (ROOT / "tests").glob("test_phi4_*.py")
+        for name in re.findall(r"^def (test_\w+)\(", path.read_text(encoding="utf-8"), re.MULTILINE)
+    }
+    assert len(named) > 20
+    assert named - written == set()
 
 
 # 3. A batch with a clip of more than 500 tokens

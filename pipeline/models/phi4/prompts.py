@@ -115,12 +115,9 @@ class Phi4Prompter:
         return self._tokenizer.decode(tokens)
 
     def language_of(self, question: Question, prompt: Sequence[int]) -> str:  # noqa: ARG002 - no prompt names one
-        """Return the language of what was heard, `und` where it was not told; of other answers "en".
-
-        The model transcribes what it hears and never says which language that is.
-        """
+        """Return the language that was spoken, ISO 639-1 or "und" where nobody told it; of other tasks the answer's."""
         if question.task.kind in _HEARD_TASKS:
-            return question.language or UNDETERMINED
+            return _told(question) or UNDETERMINED
         return ENGLISH
 
     def _context(self, question: Question) -> list[int]:
@@ -150,7 +147,7 @@ class Phi4Prompter:
         return text
 
     def _heard_instruction(self, question: Question) -> str:
-        task, language = question.task, question.language
+        task, language = question.task, _told(question)
         if question.context.sound is None:
             raise ValueError(f"the task {task.kind.value!r} is about sound, and there is none")
         if language is not None and language not in HEARD:
@@ -172,3 +169,8 @@ class Phi4Prompter:
             return ()
         transcript = tuple(takewhile(lambda token: 0 <= token < self.num_text_tokens, question.transcript))
         return (*transcript, *self._tokenizer.encode(_DRAFTED_SEPARATOR)) if transcript else ()
+
+
+def _told(question: Question) -> str | None:
+    """Return the language that somebody told; that of an answer of ours may be none."""
+    return None if question.language == UNDETERMINED else question.language
