@@ -130,3 +130,23 @@ def _shapes(max_crops: int) -> tuple[tuple[int, int], ...]:
     """
     shapes = [(columns, rows) for columns in range(1, max_crops + 1) for rows in range(1, max_crops // columns + 1)]
     return tuple(sorted(shapes, key=lambda shape: shape[0] * shape[1]))
+
+
+def plan_live_crops(width_px: int, height_px: int, crop_size: int, patch_size: int, max_crops: int) -> CropLayout:
+    """Return how a live frame is cut into at most `max_crops` crops: made smaller first, if its own grid has more.
+
+    `plan_crops` alone would take the allowed grid whose shape is nearest to the picture's, however coarse: of 1920 x
+    1080 pixels and 6 crops 2 x 1 (796 x 448 pixels). Made smaller first it keeps 3 x 2 (1344 x 756). A frame of the
+    layout's size is laid out in the same way again, without being resized.
+
+    Raises:
+        MediaError: as `plan_crops`.
+        ValueError: as `plan_crops`.
+    """
+    if math.ceil(width_px / crop_size) * math.ceil(height_px / crop_size) > max_crops:
+        scale = max(
+            min(crop_size * columns / width_px, crop_size * (max_crops // columns) / height_px)
+            for columns in range(1, max_crops + 1)
+        )
+        width_px, height_px = max(1, int(width_px * scale)), max(1, int(height_px * scale))
+    return plan_crops(width_px, height_px, crop_size, patch_size, max_crops)
