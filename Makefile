@@ -23,7 +23,8 @@ help:  ## list the verbs
 
 setup: $(STAMP)  ## make .venv with everything that is pinned
 
-# Three steps, because torch has no single hash (docs/dependencies.md); the last one installs this checkout itself.
+# Steps, because torch has no single hash and peft would bring in another torch (docs/dependencies.md); the last one
+# installs this checkout itself.
 $(STAMP): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' \
 	  || { echo "surtitle needs Python 3.11 to 3.13, $(PYTHON) is $$($(PYTHON) --version): make PYTHON=python3.11 …" >&2; exit 1; }
@@ -32,6 +33,7 @@ $(STAMP): requirements.lock pyproject.toml
 	@$(PIP_INSTALL) --require-hashes -r requirements.lock
 	@torch="$$(sed -nE 's/^ *"(torch==[^"]+)",$$/\1/p' pyproject.toml)"; \
 	  $(PIP_INSTALL) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) "$$torch"
+	@$(PIP_INSTALL) --no-deps $$(sed -nE 's/^ *"((accelerate|peft)==[^"]+)",$$/\1/p' pyproject.toml)
 	@$(PIP_INSTALL) --no-deps --no-build-isolation --editable .
 	@touch $@
 

@@ -1,8 +1,8 @@
-"""Write requirements.lock: every library but torch, transitively, with the hashes that PyPI publishes.
+"""Write requirements.lock: every library but torch and two that need it, transitively, with the hashes that PyPI publishes.
 
     make lock                    # or: python scripts/lock.py, with pip-tools importable
 
-torch is left out on purpose. One version of it exists as different files: PyPI's wheel brings CUDA, the index
+torch is left out on purpose, and so are accelerate and peft, which would bring it in. One version of it exists as different files: PyPI's wheel brings CUDA, the index
 download.pytorch.org/whl/cpu and the wheel folders of some machines hold a CPU one, so that no single list of hashes
 fits. It is pinned by version in pyproject.toml and installed behind the lock (Makefile); what it needs of plain
 Python is locked here.
@@ -19,17 +19,17 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 LOCK = ROOT / "requirements.lock"
-APART = "torch=="
+APART = ("accelerate==", "peft==", "torch==")
 TORCH_NEEDS = ("filelock", "fsspec", "jinja2", "networkx", "setuptools", "sympy", "typing-extensions")
 HEADER = """\
 # Made by `make lock` (scripts/lock.py) with Python {python}. Do not edit.
-# Everything but torch, which is pinned in pyproject.toml: docs/dependencies.md says why.
+# Everything but torch, accelerate and peft, which are pinned in pyproject.toml: docs/dependencies.md says why.
 #
 """
 
 
 def requirements() -> list[str]:
-    """Return what pyproject.toml asks for with all its extras, torch replaced by what it needs."""
+    """Return what pyproject.toml asks for with all its extras, what is APART replaced by what it needs."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     wanted = [*project["dependencies"], *extras["bench"], *extras["dev"]]

@@ -231,7 +231,8 @@ def test_rows_with_different_adapters_are_as_alone_and_as_merged_weights(
 def test_rows_with_different_adapters_are_as_in_one_batch_of_peft(
     decoder: Phi4Decoder, reference: Phi4MultimodalForCausalLM, adapters: dict[Adapter, LoraWeights]
 ) -> None:
-    peft = pytest.importorskip("peft")
+    import peft  # noqa: PLC0415 - it takes seconds, for one test
+
     model = copy.deepcopy(reference)
     for adapter, rank in RANKS.items():
         lora = peft.LoraConfig(

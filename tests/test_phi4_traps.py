@@ -232,7 +232,8 @@ def embed(model: Phi4MultimodalForCausalLM, ids: list[list[int]], **arguments: T
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT still asks for it
 def test_peft_loads_nothing_of_an_adapter_in_the_native_layout(tmp_path: Path, config: Phi4Config) -> None:
-    peft = pytest.importorskip("peft")
+    import peft  # noqa: PLC0415 - it takes seconds, for one test
+
     folder = make_tiny(tmp_path)
     released = load_reference(folder)
     ids = torch.tensor([text(20)])
@@ -278,7 +279,8 @@ def test_an_adapter_is_for_the_decoder_whatever_its_list_of_targets_says(tmp_pat
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_a_list_of_endings_makes_peft_adapt_the_audio_encoder_too(released: Phi4MultimodalForCausalLM) -> None:
-    peft = pytest.importorskip("peft")
+    import peft  # noqa: PLC0415 - it takes seconds, for one test
+
     endings = peft.LoraConfig(r=2, target_modules=["qkv_proj", "o_proj", "gate_up_proj", "down_proj"])
     names = [name for name, _ in peft.get_peft_model(copy.deepcopy(released), endings).named_modules()]
     assert any("audio_embed" in name and name.endswith("lora_A") for name in names)
