@@ -25,6 +25,7 @@ from pipeline.records import (
     FinalRecord,
     HealthRecord,
     PartialRecord,
+    SceneRecord,
     SummaryRecord,
     TranslationRecord,
 )
@@ -121,6 +122,13 @@ def summary(stream: str, covers_to: int) -> SummaryRecord:
         covers_to=covers_to,
         language="en",
         tier="edge",
+    )
+
+
+def scene(stream: str, at_ms: int, text: str = "a desk") -> SceneRecord:
+    """What was to be seen at a moment."""
+    return SceneRecord(
+        stream=stream, start_ms=at_ms, end_ms=at_ms, text=text, tier="phi4", reason="changed", changed_share=0.25
     )
 
 

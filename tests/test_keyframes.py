@@ -60,7 +60,7 @@ def tiles_of(pixels: Pixels, crop: int = CROP) -> dict[tuple[int, int], Pixels]:
 
 
 def greatest_difference(one: Pixels, other: Pixels, crop: int = CROP) -> float:
-    """The greatest difference of the mean luma of a block: what a keyframe may hide. Written without the stage's code."""
+    """The greatest difference of the mean luma of a block, by other code than the stage's: what a keyframe may hide."""
     greatest = 0.0
     for tile, counterpart in zip(tiles_of(one, crop).values(), tiles_of(other, crop).values(), strict=True):
         lumas = [(pixels.astype(np.float64) @ LUMA) / 255 for pixels in (tile, counterpart)]

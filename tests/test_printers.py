@@ -8,8 +8,17 @@ import pytest
 from rich.console import Console
 
 from actors.cli.live_view import LiveView, ViewState
-from actors.cli.printers import TextPrinter
-from pipeline.records import ErrorRecord, HealthRecord, PartialRecord, SummaryRecord, TranslationRecord
+from actors.cli.options import OutputFormat
+from actors.cli.printers import CaptionFilePrinter, JsonPrinter, TextPrinter
+from pipeline.records import (
+    RECORD_ADAPTER,
+    ErrorRecord,
+    HealthRecord,
+    PartialRecord,
+    SummaryRecord,
+    TranslationRecord,
+)
+from tests.stores import scene
 from tests.test_captions import final
 
 
@@ -135,3 +144,76 @@ def test_nothing_of_a_text_is_taken_for_markup() -> None:
     state.apply(final(1, 0, 900, "press [bold]enter[/bold] \\[x]"))
     state.apply(HealthRecord(stream="s", start_ms=0, end_ms=900, event="gap", message="[/]"))
     assert "press [bold]enter[/bold] \\[x]" in shown(state)
+
+
+def test_a_scene_stands_in_the_text_where_it_was_seen_and_never_between_a_final_and_its_translation() -> None:
+    file = io.StringIO()
+    printer = TextPrinter(file, ["en"])
+    printer.show(scene("s", 500, "A desk\nand a \x1b[31mlamp"))
+    assert file.getvalue() == "scene 00:00.500: A desk and a \ufffd[31mlamp\n"
+    printer.show(final(1, 1_000, 1_900, "eins"))
+    printer.show(scene("s", 1_500, "A chair"))
+    assert "chair" not in file.getvalue()
+    printer.show(translation(1, "one"))
+    assert file.getvalue().splitlines()[1:] == ["[00:01.000] eins", "    en: one", "scene 00:01.500: A chair"]
+
+
+def test_scenes_that_wait_for_a_translation_that_never_comes_are_written_in_the_end() -> None:
+    file = io.StringIO()
+    printer = TextPrinter(file, ["en"])
+    printer.show(final(1, 1_000, 1_900, "eins"))
+    for number in range(1, 41):
+        printer.show(scene("s", 1_000 * number, f"scene number {number}"))
+    assert "scene number 24\n" in file.getvalue()
+    printer.close()
+    assert len(file.getvalue().splitlines()) == 41
+
+
+@pytest.mark.parametrize("output_format", [OutputFormat.VTT, OutputFormat.SRT])
+def test_caption_files_say_what_was_said_and_not_what_was_seen(output_format: OutputFormat) -> None:
+    with_scene, without = io.StringIO(), io.StringIO()
+    for file, records in (
+        (with_scene, [final(1, 0, 900, "eins"), scene("s", 500)]),
+        (without, [final(1, 0, 900, "eins")]),
+    ):
+        printer = CaptionFilePrinter(file, output_format)
+        for record in records:
+            printer.show(record)
+        printer.close()
+    assert with_scene.getvalue() == without.getvalue()
+    assert "eins" in with_scene.getvalue()
+
+
+def test_a_scene_is_a_line_of_json() -> None:
+    file = io.StringIO()
+    JsonPrinter(file).show(scene("s", 500, "a desk"))
+    assert RECORD_ADAPTER.validate_json(file.getvalue()) == scene("s", 500, "a desk")
+
+
+def test_the_last_scene_stands_beside_the_captions_with_the_summary() -> None:
+    state = ViewState()
+    for record in (
+        final(1, 1_000, 1_900, "eins"),
+        summary("In short."),
+        scene("s", 500, "old"),
+        scene("s", 900, "[b]new"),
+    ):
+        state.apply(record)
+    text = shown(state)
+    assert "scene at 00:00.900" in text
+    assert "[b]new" in text
+    assert "old" not in text
+    assert "In short." in text
+
+
+def test_scenes_that_fail_push_no_captions_out_of_view() -> None:
+    state = ViewState()
+    state.apply(final(1, 1_000, 1_900, "eins"))
+    for ms in range(0, 60_000, 2_000):
+        state.apply(
+            ErrorRecord(
+                stream="s", start_ms=ms, end_ms=ms, utterance=0, sequence=0, task="describe", message="[/] gone"
+            )
+        )
+    assert len(state.rows) == 1
+    assert "no describe at 00:58.000: [/] gone" in shown(state)

@@ -24,6 +24,7 @@ from tests.stores import (
     health,
     kill_server,
     partial,
+    scene,
     summary,
     translation,
 )
@@ -52,6 +53,9 @@ async def test_records_go_to_their_keys_with_ids_of_our_own(embedded_redis: Stor
         error("call-1", 0, "summarise"),
         summary("call-1", 2),
         summary("call-1", 2),
+        scene("call-1", 100),
+        error("call-1", 0, "describe"),
+        scene("call-1", 300),
     ):
         await writer.publish(record)
     await writer.flush()
@@ -59,10 +63,21 @@ async def test_records_go_to_their_keys_with_ids_of_our_own(embedded_redis: Stor
     assert await ids(embedded_redis, writer, "transcripts") == ["1-1", "2-1"]
     assert await ids(embedded_redis, writer, "translations:en") == ["1-1", "2-1"]
     assert await ids(embedded_redis, writer, "summaries") == ["1-1", "2-1"]
-    assert await ids(embedded_redis, writer, "health") == ["1-1", "2-1"]
+    assert await ids(embedded_redis, writer, "scenes") == ["1-1", "2-1"]
+    assert await ids(embedded_redis, writer, "health") == ["1-1", "2-1", "3-1"]
     assert [fields["kind"] for _, fields in await entries(embedded_redis, writer, "transcripts")] == ["final", "error"]
-    assert writer.counters.published == 10
+    assert writer.counters.published == 13
     assert writer.num_buffered == 0
+
+
+async def test_a_new_owner_goes_on_numbering_scenes_after_the_last_one(
+    embedded_redis: Store, publisher: Publisher
+) -> None:
+    for at_ms in (100, 200):
+        writer = await publisher.open_stream("call-1", STARTED_AT)
+        await writer.publish(scene("call-1", at_ms))
+        await writer.flush()
+    assert await ids(embedded_redis, writer, "scenes") == ["1-1", "2-1"]
 
 
 async def test_records_are_stamped_with_wall_clock_and_with_utc_by_the_anchors(embedded_redis: Store) -> None:

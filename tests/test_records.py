@@ -22,6 +22,7 @@ from pipeline.records import (
     FinalRecord,
     HealthRecord,
     PartialRecord,
+    SceneRecord,
     SummaryRecord,
     TranslationRecord,
     WordRecord,
@@ -38,6 +39,7 @@ KINDS: list[type[BaseRecord]] = [
     TranslationRecord,
     ErrorRecord,
     SummaryRecord,
+    SceneRecord,
     HealthRecord,
 ]
 
@@ -47,7 +49,7 @@ probabilities = st.floats(0, 1, allow_nan=False)
 words = st.lists(
     st.builds(WordRecord, text=texts, start_ms=numbers, end_ms=numbers, probability=probabilities), max_size=3
 )
-common = {"v": st.just(SCHEMA_VERSION), "start_ms": numbers, "end_ms": numbers}
+common = {"v": st.integers(1, SCHEMA_VERSION), "start_ms": numbers, "end_ms": numbers}
 spoken = common | {"words": words, "text": texts, "guard": st.none() | texts}
 records = st.one_of(
     st.builds(PartialRecord, **spoken),
@@ -55,6 +57,7 @@ records = st.one_of(
     st.builds(TranslationRecord, **spoken),
     st.builds(ErrorRecord, **common),
     st.builds(SummaryRecord, **common),
+    st.builds(SceneRecord, **common, text=texts, guard=st.none() | texts, changed_share=probabilities),
     st.builds(HealthRecord, **common),
 )
 
@@ -85,7 +88,8 @@ def test_a_record_is_valid_by_the_committed_schema(record: BaseRecord) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"text": 5}, {"start_ms": -1}, {"tier": "cloud"}, {"sequence": 0}, {"new": "field"}]
+    "change",
+    [{"text": 5}, {"start_ms": -1}, {"tier": "cloud"}, {"sequence": 0}, {"new": "field"}, {"v": SCHEMA_VERSION + 1}],
 )
 def test_what_the_models_refuse_the_committed_schema_refuses_too(change: dict[str, Any]) -> None:
     broken = final("s", 1).model_dump(mode="json") | change
@@ -121,3 +125,42 @@ def test_every_kind_is_in_the_schema_and_on_the_page() -> None:
 def test_fields_of_no_known_kind_are_refused() -> None:
     with pytest.raises(ValidationError):
         record_from_fields({"kind": "rumour", "stream": "s"})
+
+
+def test_an_entry_of_version_1_is_read_as_it_was_written() -> None:
+    entry = {
+        "v": "1",
+        "stream": "s",
+        "start_ms": "1000",
+        "end_ms": "1900",
+        "utc_start": "2026-01-02T03:04:06.000Z",
+        "emitted_at": "2026-01-02T03:04:08.000Z",
+        "utterance": "1",
+        "revision": "3",
+        "channel": "0",
+        "text": "Guten Tag",
+        "language": "de",
+        "language_source": "detected",
+        "tier": "edge",
+        "words": '[{"text": "Guten", "start_ms": 1000, "end_ms": 1300, "probability": 0.5}]',
+        "kind": "final",
+        "sequence": "1",
+        "close_reason": "pause",
+        "average_logprob": "-0.25",
+    }
+    record = record_from_fields(entry)
+    assert isinstance(record, FinalRecord)
+    assert (record.v, record.text, record.words[0].end_ms) == (1, "Guten Tag", 1_300)
+    assert set(to_fields(record).items()) >= {(name, value) for name, value in entry.items() if name != "words"}
+
+
+def test_an_entry_of_a_version_to_come_is_refused() -> None:
+    fields = to_fields(final("s", 1)) | {"v": str(SCHEMA_VERSION + 1)}
+    with pytest.raises(ValidationError, match="less than or equal to"):
+        record_from_fields(fields)
+
+
+def test_the_versions_before_keep_their_hashes() -> None:
+    versions = json.loads((ROOT / "docs" / "records.versions.json").read_text())
+    assert versions["1"] == "bbaaa9f5ffdfe86e101fc167a2af096399d66d809196dd4e4042d8e829decfd7"
+    assert list(versions) == [str(version) for version in range(1, SCHEMA_VERSION + 1)]
