@@ -18,7 +18,6 @@ from actors.dispatch import DispatchParams
 from actors.job_queue import JobParams
 from actors.metrics import Metrics
 from actors.stage_driver import StageDriver, stages_info
-from actors.stages import EyesInfo
 from actors.transport import frame_sets_of, sounds_of
 from pipeline.audio.encoder_window import EncoderParams
 from pipeline.decode.embeddings_to_hypotheses import DecoderParams
@@ -71,7 +70,9 @@ class LocalStages(StageDriver):
             WeightsHashError: if a weight file is not the pinned one.
             ModelError: if the model cannot be loaded.
         """
-        makes_eyes = _make_eyes(model, vision or VisionParams()) if await asyncio.to_thread(has_eyes, model) else None
+        # It reads a file.
+        tier = await asyncio.to_thread(tier_of, model)
+        makes_eyes = _make_eyes(model, vision or VisionParams()) if tier == "phi4" else None
         ears, decoder, eyes = await asyncio.gather(
             Place.open("audio encoder", lambda: AudioEncoder(model, encoder_params)),
             Place.open("decoder", lambda: Decoder(model, decoder_params)),
@@ -80,7 +81,7 @@ class LocalStages(StageDriver):
         transport = LocalTransport(ears, decoder, eyes)
         encoder_info = ears.stage.info()
         cost = CostModel(encoder_info.cost.estimate_ms, encoder_info.num_side_by_side)
-        info = stages_info(encoder_info, decoder.stage.info(), None if eyes is None else eyes_info(eyes.stage.info()))
+        info = stages_info(encoder_info, decoder.stage.info(), None if eyes is None else eyes.stage.info().eyes)
         stages = cls(transport, info, dispatch, cost, metrics, snapshots=snapshots, jobs=jobs)
         stages.start()
         return stages
@@ -194,20 +195,6 @@ class LocalCall:
         """Forget the call."""
         self._encoding.cancel()
         await asyncio.wait({self._encoding})
-
-
-def has_eyes(model: ModelParams) -> bool:
-    """Return whether the tier of `model` looks at pictures (this reads its configuration file).
-
-    Raises:
-        ModelError: if that cannot be read.
-    """
-    return tier_of(model) == "phi4"
-
-
-def eyes_info(info: Any) -> EyesInfo:
-    """Return what a source needs to know of what a vision encoder is."""
-    return EyesInfo(info.crop_size, info.patch_size, info.max_crops)
 
 
 def _make_eyes(model: ModelParams, params: VisionParams) -> Callable[[], VisionEncoder]:
