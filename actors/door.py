@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.errors import ConfigError
 from pipeline.items import TaskKind
+from pipeline.models.phi4.languages import check_translation
 from pipeline.stream_params import AUTO, StreamParams
 
 if TYPE_CHECKING:
@@ -48,11 +49,9 @@ def check_languages(params: StreamParams, info: StagesInfo) -> None:
             raise ConfigError(
                 f"{info.model} does not translate to {language!r}; it translates to: {', '.join(info.translates_to)}"
             )
-    if info.tier == "phi4" and captions.language != AUTO:
-        from pipeline.models.phi4.languages import check_translation  # noqa: PLC0415 - a rule of this tier alone
-
+    if info.tier == "phi4":
         for language in captions.translate_to:
-            check_translation(captions.language, language)
+            check_translation(None if captions.language == AUTO else captions.language, language)
 
 
 def check_task(kind: TaskKind, info: StagesInfo, *, instead: str = "") -> None:
