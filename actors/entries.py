@@ -13,12 +13,14 @@ from pipeline.records import (
     FinalRecord,
     HealthRecord,
     PartialRecord,
+    SceneRecord,
     SummaryRecord,
     TranslationRecord,
     to_fields,
 )
 
-_COUNTED = frozenset({KeyKind.HEALTH.value, KeyKind.SUMMARIES.value})  # numbered here, not by the records
+_COUNTED = frozenset({KeyKind.HEALTH.value, KeyKind.SUMMARIES.value, KeyKind.SCENES.value})
+"""Numbered here, not by the records."""
 NO_ID = "0-0"
 
 
@@ -61,6 +63,8 @@ def key_name_of(record: BaseRecord) -> str:  # noqa: PLR0911 - one return a kind
             return translations_name(record.target_language)
         case SummaryRecord():
             return KeyKind.SUMMARIES.value
+        case SceneRecord():
+            return KeyKind.SCENES.value
         case HealthRecord():
             return KeyKind.HEALTH.value
         case ErrorRecord(sequence=0):
@@ -78,8 +82,8 @@ def key_name_of(record: BaseRecord) -> str:  # noqa: PLR0911 - one return a kind
 class EntryMaker:
     """Numbers and stamps the entries of one owner of one stream.
 
-    Ids: what a final, its translations and the errors in their places have is the final's sequence; health and
-    summaries count on after the last one found; partials count from 1 in every epoch.
+    Ids: what a final, its translations and the errors in their places have is the final's sequence; health,
+    summaries and scenes count on after the last one found; partials count from 1 in every epoch.
     """
 
     def __init__(self, stream_id: str, epoch: int, last_ids: Mapping[str, str], params: RedisParams) -> None:

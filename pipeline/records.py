@@ -13,7 +13,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""1 had no scenes, and `und` was no language. Entries of version 1 are read as they are: nothing else changed."""
 
 
 class WordRecord(BaseModel):
@@ -32,7 +33,7 @@ class BaseRecord(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    v: int = Field(default=SCHEMA_VERSION, description="schema version")
+    v: int = Field(default=SCHEMA_VERSION, ge=1, le=SCHEMA_VERSION, description="schema version")
     stream: str = Field(description="id of the stream")
     start_ms: int = Field(ge=0, description="media time at which what the record is about begins")
     end_ms: int = Field(ge=0, description="media time at which it ends")
@@ -47,8 +48,12 @@ class SpeechRecord(BaseRecord):
     revision: int = Field(ge=1, description="number of the snapshot of the utterance that was heard for this")
     channel: int = Field(ge=0, description="the microphone, counted from 0")
     text: str = Field(description="what was said")
-    language: str = Field(description="spoken language, ISO 639-1")
-    language_source: Literal["given", "detected", "tier"] = Field(description="who says that it is this language")
+    language: str = Field(
+        description="spoken language, ISO 639-1; und (undetermined, BCP 47): the tier names none and none was given"
+    )
+    language_source: Literal["given", "detected", "tier"] = Field(
+        description="who says that it is this language; tier: its models do not say, so it is und"
+    )
     tier: Literal["edge", "phi4"] = Field(description="which models answered")
     words: list[WordRecord] = Field(default_factory=list, description="the words with their media times; finals only")
     guard: str | None = Field(default=None, description="the guard that cut or emptied the text, if one fired")
@@ -79,12 +84,12 @@ class TranslationRecord(SpeechRecord):
 
 
 class ErrorRecord(BaseRecord):
-    """What stands in the place of a record that failed for good."""
+    """What stands in the place of a record that failed for good; that of a scene or a summary is in `health`."""
 
     kind: Literal["error"] = "error"
     utterance: int = Field(ge=0, description="0 when no utterance is concerned")
     sequence: int = Field(ge=0, description="number of the final in whose place this stands, 0 for none")
-    task: str = Field(description="what failed: transcribe, translate:LANG, …")
+    task: str = Field(description="what failed: transcribe, translate:LANG, summarise, describe")
     message: str = Field(description="why")
 
 
@@ -100,6 +105,24 @@ class SummaryRecord(BaseRecord):
     tier: Literal["edge", "phi4"] = Field(description="which models answered")
 
 
+class SceneRecord(BaseRecord):
+    """What a camera (or any picture of the stream) showed at `start_ms`, which is `end_ms` too."""
+
+    kind: Literal["scene"] = "scene"
+    text: str = Field(description="what is to be seen")
+    language: str = Field(default="en", description="language of the text, ISO 639-1; descriptions are in English")
+    tier: Literal["edge", "phi4"] = Field(description="which models answered")
+    reason: Literal["first", "changed", "interval"] = Field(
+        description="why it was looked at: the first frame, something changed, or the last look was long ago"
+    )
+    changed_share: float = Field(
+        ge=0.0,
+        le=1.0,
+        description="share of the picture's area in tiles in which something changed since the last look",
+    )
+    guard: str | None = Field(default=None, description="the guard that cut the text, if one fired")
+
+
 class HealthRecord(BaseRecord):
     """Something that happened to the stream itself."""
 
@@ -111,7 +134,7 @@ class HealthRecord(BaseRecord):
 
 
 Record = Annotated[
-    PartialRecord | FinalRecord | TranslationRecord | ErrorRecord | SummaryRecord | HealthRecord,
+    PartialRecord | FinalRecord | TranslationRecord | ErrorRecord | SummaryRecord | SceneRecord | HealthRecord,
     Field(discriminator="kind"),
 ]
 RECORD_ADAPTER: TypeAdapter[Record] = TypeAdapter(Record)

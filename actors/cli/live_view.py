@@ -1,4 +1,4 @@
-"""The live view: partials grey, their stable part white, finals bold; translations and the summary beside."""
+"""The live view: partials grey, their stable part white, finals bold; translations, scene and summary beside."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from pipeline.records import (
     FinalRecord,
     HealthRecord,
     PartialRecord,
+    SceneRecord,
     SummaryRecord,
     TranslationRecord,
 )
@@ -50,6 +51,7 @@ class ViewState:
         self.rows: deque[Row] = deque()
         self.partials: dict[int, PartialRecord] = {}
         self.summary: SummaryRecord | None = None
+        self.scene: SceneRecord | None = None
         self.notice = ""
 
     def apply(self, record: BaseRecord) -> None:
@@ -66,10 +68,11 @@ class ViewState:
                     if row.sequence == record.sequence:
                         row.translations[record.target_language] = record.text
             case ErrorRecord():
-                self.partials.pop(record.utterance, None)
-                self.rows.append(Row(0, record.start_ms, f"no {record.task}: {record.message}", is_error=True))
+                self._apply_error(record)
             case SummaryRecord():
                 self.summary = record
+            case SceneRecord():
+                self.scene = record
             case HealthRecord(event="gap"):
                 seconds = (record.end_ms - record.start_ms) / 1_000
                 self.notice = f"{seconds:.1f} s of sound lost at {short_clock(record.start_ms)}"
@@ -79,8 +82,15 @@ class ViewState:
             case _:
                 pass
 
+    def _apply_error(self, record: ErrorRecord) -> None:
+        if record.utterance == 0:  # it is about no speech, and must not push captions out of view
+            self.notice = f"no {record.task} at {short_clock(record.start_ms)}: {record.message}"
+            return
+        self.partials.pop(record.utterance, None)
+        self.rows.append(Row(0, record.start_ms, f"no {record.task}: {record.message}", is_error=True))
+
     def render(self) -> RenderableType:
-        """Return rows and partials, with the summary beside them when there is one."""
+        """Return rows and partials; the summary and the last scene beside them when there are any."""
         table = _speech_table(has_translations=self.has_translations)
         for row in self.rows:
             _add_row(table, row)
@@ -88,12 +98,11 @@ class ViewState:
             stable, rest = partial.text[: partial.stable_chars], partial.text[partial.stable_chars :]
             table.add_row(_time_of(partial.start_ms), Text.assemble((stable, "white"), (rest, "bright_black")))
         shown: RenderableType = table
-        if self.summary is not None:
+        if panels := self._panels():
             beside = Table.grid(expand=True, padding=(0, 1))
             beside.add_column(ratio=2)
             beside.add_column(ratio=1)
-            title = f"summary to {short_clock(self.summary.end_ms)}"
-            beside.add_row(table, Panel(Text(self.summary.text), title=title, title_align="left"))
+            beside.add_row(table, Group(*panels))
             shown = beside
         return Group(shown, Text(self.notice, style="yellow")) if self.notice else shown
 
@@ -101,6 +110,16 @@ class ViewState:
     def has_translations(self) -> bool:
         """Whether a column for translations is needed."""
         return any(row.translations for row in self.rows)
+
+    def _panels(self) -> list[Panel]:
+        panels: list[Panel] = []
+        if self.scene is not None:
+            title = f"scene at {short_clock(self.scene.start_ms)}"
+            panels.append(Panel(Text(self.scene.text), title=title, title_align="left"))
+        if self.summary is not None:
+            title = f"summary to {short_clock(self.summary.end_ms)}"
+            panels.append(Panel(Text(self.summary.text), title=title, title_align="left"))
+        return panels
 
 
 class LiveView:

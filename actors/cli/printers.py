@@ -20,13 +20,14 @@ from pipeline.records import (
     ErrorRecord,
     FinalRecord,
     HealthRecord,
+    SceneRecord,
     SummaryRecord,
     TranslationRecord,
 )
-from pipeline.text.captions import final_line, short_clock, to_srt, to_webvtt, translation_line
+from pipeline.text.captions import final_line, scene_line, short_clock, to_srt, to_webvtt, translation_line
 
 MAX_WAITING = 16
-"""Finals that may wait for a translation of an earlier one before they are written without it."""
+"""Finals and scenes that may wait for a translation of an earlier final before they are written without it."""
 
 
 class Printer(Protocol):
@@ -105,19 +106,22 @@ class JsonPrinter:
 
 @dataclass(slots=True)
 class _Waiting:
-    """A final that is not yet complete."""
+    """A final that is not yet complete, or what came after one."""
 
     lines: list[str]
     missing: set[str]
 
 
 class TextPrinter:
-    """One line a final, its translations below it: a final waits until the one before has its translations."""
+    """One line a final, its translations below it, and one a scene: each waits until the final before it has its
+    translations.
+    """
 
     def __init__(self, file: TextIO, target_languages: Collection[str]) -> None:
         self._file = file
         self._target_languages = frozenset(target_languages)
-        self._waiting: dict[int, _Waiting] = {}
+        self._waiting: dict[int, _Waiting] = {}  # by sequence; scenes, which have none, count down from -1
+        self._num_scenes = 0
 
     def show(self, record: BaseRecord) -> None:
         """Write what the record completes."""
@@ -130,6 +134,9 @@ class TextPrinter:
             case ErrorRecord():
                 note(f"surtitle: no {record.task} at {short_clock(record.start_ms)}: {record.message}")
                 self._complete(record.sequence, record.task.partition(":")[2], "")
+            case SceneRecord():
+                self._num_scenes += 1
+                self._waiting[-self._num_scenes] = _Waiting([scene_line(record)], set())
             case SummaryRecord():
                 self._write_complete(is_last=True)
                 self._write(f"summary {short_clock(record.start_ms)} to {short_clock(record.end_ms)}: {record.text}")
@@ -170,7 +177,10 @@ class TextPrinter:
 
 
 class CaptionFilePrinter:
-    """A WebVTT or SRT file, written when the stream has ended: the text of all finals is held until then."""
+    """A WebVTT or SRT file, written when the stream has ended: the text of all finals is held until then.
+
+    Captions say what was said: scenes, summaries and errors are not in them.
+    """
 
     def __init__(self, file: TextIO, output_format: OutputFormat) -> None:
         self._file = file

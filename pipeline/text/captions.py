@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from pipeline.records import FinalRecord, HealthRecord, TranslationRecord
+from pipeline.records import FinalRecord, HealthRecord, SceneRecord, TranslationRecord
 
 MAX_COLUMNS = 42
 MAX_LINES = 2
@@ -111,6 +111,11 @@ def final_line(final: FinalRecord) -> str:
 def translation_line(translation: TranslationRecord) -> str:
     """Return the line of a translation, indented to stand below its final."""
     return f"    {translation.target_language}: {_clean(translation.text)}"
+
+
+def scene_line(scene: SceneRecord) -> str:
+    """Return `scene mm:ss.mmm: text`, for plain text; caption files have no scenes."""
+    return f"scene {short_clock(scene.start_ms)}: {_clean(scene.text)}"
 
 
 def short_clock(ms: int) -> str:
