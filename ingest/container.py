@@ -16,7 +16,16 @@ from types import TracebackType
 from typing import Self
 
 from ingest.processes import DecoderProcess, DecoderProcesses
-from ingest.source import AudioBlock, AudioParams, SourceGap, SourceInfo, SourceItem
+from ingest.source import (
+    MAX_FRAME_LEAD_MS,
+    AudioBlock,
+    AudioParams,
+    SourceGap,
+    SourceInfo,
+    SourceItem,
+    VideoFrame,
+    VideoParams,
+)
 from ingest.wire import Ended, Failed, FailureKind, Message, Opened, WireError, WireParser
 from pipeline.errors import MediaError, SourceNotFound
 from pipeline.timebase import SAMPLE_RATE_HZ, ms_to_samples
@@ -34,10 +43,11 @@ class Pace(StrEnum):
 
 
 class ContainerSource:
-    """Plays the first audio track of a local media file.
+    """Plays the first audio track of a local media file, and shows its video on request.
 
     In real time a block is delivered when its last sample is due on a schedule that starts with the first block taken,
-    so delays do not add up; whoever takes blocks late gets them at once until the schedule is reached again.
+    so delays do not add up; whoever takes blocks late gets them at once until the schedule is reached again. A frame is
+    delivered when its time has come. With video, a file without sound is played as silence, and still pictures open.
 
     Args:
         location: path of the file.
@@ -47,6 +57,7 @@ class ContainerSource:
         message_timeout_s: how long that process may be waited for once the media is open. It runs ahead until the
             socket is full, so neither real time nor a gap nor a slow consumer keeps anybody waiting for it; what does
             is a demuxer that spins, or a disk that gives nothing.
+        video: which frames to take, and how large; None: sound only, and a file without sound is refused.
     """
 
     def __init__(
@@ -57,16 +68,18 @@ class ContainerSource:
         processes: DecoderProcesses | None = None,
         *,
         message_timeout_s: float = MESSAGE_TIMEOUT_S,
+        video: VideoParams | None = None,
     ) -> None:
         self._location = str(location)
         self._params = params or AudioParams()
+        self._video = video
         self._pace = pace
         self._processes = processes
         self._message_timeout_s = message_timeout_s
         self._process: DecoderProcess | None = None
         self._exits = AsyncExitStack()
         self._is_opened = False
-        self._parser = WireParser()
+        self._parser = WireParser(video.max_frame_pixels if video is not None else 0)
         self._messages: deque[Message] = deque()
         self._info: SourceInfo | None = None
         self._num_nonfinite: int | None = None
@@ -100,7 +113,7 @@ class ContainerSource:
 
         Raises:
             SourceNotFound: there is no such file.
-            MediaError: it cannot be read, or is not usable sound.
+            MediaError: it cannot be read, or is not usable sound (or, if asked for, picture).
         """
         if self._is_opened:
             raise RuntimeError("a source is opened once: make a new one")
@@ -148,10 +161,15 @@ class ContainerSource:
             raise
         match item:
             case AudioBlock(samples):
-                await self._wait_until_due(samples.shape[1])
+                self._position += samples.shape[1]
+                await self._wait_until_due(self._position)
                 return item
             case SourceGap(num_samples):
-                await self._wait_until_due(num_samples)
+                self._position += num_samples
+                await self._wait_until_due(self._position)
+                return item
+            case VideoFrame(start_sample):
+                await self._wait_until_due(start_sample)
                 return item
             case Ended(num_nonfinite):
                 self._has_ended = True
@@ -175,7 +193,11 @@ class ContainerSource:
         processes = self._processes
         if processes is None:
             processes = await self._exits.enter_async_context(DecoderProcesses())
-        request = {"location": self._location, "params": self._params.model_dump(mode="json")}
+        request = {
+            "location": self._location,
+            "params": self._params.model_dump(mode="json"),
+            "video": self._video.model_dump(mode="json") if self._video is not None else None,
+        }
         self._process = await processes.open(json.dumps(request).encode())
         self._exits.push_async_callback(self._process.aclose)
 
@@ -183,8 +205,8 @@ class ContainerSource:
         """Return the next message.
 
         Raises:
-            MediaError: if it is a failure, a gap over the limit or no message at all, or the process ended without
-                saying so.
+            MediaError: if it is a failure, a gap over the limit, a frame out of time or no message at all, or the
+                process ended without saying so.
         """
         process = self._process
         if process is None:
@@ -204,6 +226,8 @@ class ContainerSource:
             raise (SourceNotFound if message.kind is FailureKind.NOT_FOUND else MediaError)(message.message)
         if isinstance(message, SourceGap):
             self._check_gap(message.num_samples)
+        if isinstance(message, VideoFrame):
+            self._check_frame(message.start_sample)
         return message
 
     def _check_gap(self, num_samples: int) -> None:
@@ -214,14 +238,22 @@ class ContainerSource:
                 f"{self._params.max_gap_ms / 1_000:.0f} s"
             )
 
-    async def _wait_until_due(self, num_samples: int) -> None:
-        """Count `num_samples` in and, in real time, wait until the last of them would have been heard."""
-        self._position += num_samples
+    def _check_frame(self, start_sample: int) -> None:
+        """Hold the process to its order: in real time a frame is waited for, so its time must be near."""
+        lead = start_sample - self._position
+        if lead > ms_to_samples(MAX_FRAME_LEAD_MS):
+            raise MediaError(
+                f"the decoder process sent nonsense: a frame {lead / SAMPLE_RATE_HZ:.0f} s before its sound, over the "
+                f"limit of {MAX_FRAME_LEAD_MS / 1_000:.0f} s"
+            )
+
+    async def _wait_until_due(self, end_sample: int) -> None:
+        """In real time, wait until `end_sample` of the media clock has come."""
         if self._pace is not Pace.REALTIME:
             return
         now = asyncio.get_running_loop().time()
         if self._starts_at is None:
             self._starts_at = now
-        wait_s = self._starts_at + self._position / SAMPLE_RATE_HZ - now
+        wait_s = self._starts_at + end_sample / SAMPLE_RATE_HZ - now
         if wait_s > 0:
             await asyncio.sleep(wait_s)

@@ -8,6 +8,7 @@ nothing on trust, since hostile media may have taken the process over: every len
 | `I`  | Opened: JSON object with the fields of `SourceInfo`             |
 | `A`  | AudioBlock: number of channels (u8), then int16 planes          |
 | `G`  | SourceGap: number of samples (u64), then the reason in UTF-8     |
+| `V`  | VideoFrame: media sample (u64), width (u16), height (u16), RGB   |
 | `X`  | Failed: kind (u8), then one sentence in UTF-8                   |
 | `E`  | Ended: how many samples were NaN or infinite (u64)              |
 
@@ -27,7 +28,7 @@ from enum import IntEnum
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
-from ingest.source import MAX_CHANNELS, AudioBlock, SourceGap, SourceInfo
+from ingest.source import MAX_CHANNELS, AudioBlock, SourceGap, SourceInfo, VideoFrame
 from pipeline.timebase import CHUNK_SAMPLES
 
 MAX_BLOCK_SAMPLES = CHUNK_SAMPLES
@@ -36,9 +37,13 @@ MAX_PAYLOAD_BYTES = 1 + MAX_CHANNELS * MAX_BLOCK_SAMPLES * 2
 ZYGOTE_MESSAGE = struct.Struct("<cii")
 """Kind, pid, and a number that the kind gives a meaning to."""
 _MAX_GAP_SAMPLES = 1 << 40
+_MAX_SIDE_PX = (1 << 16) - 1
+_MAX_NATIVE_PX = 1 << 28
 
 _HEADER = struct.Struct("<cI")
 _COUNT = struct.Struct("<Q")
+_FRAME = struct.Struct("<QHH")
+_RGB = 3
 _SAMPLE = np.dtype("<i2")
 _INFO: TypeAdapter[SourceInfo] = TypeAdapter(SourceInfo)
 
@@ -76,14 +81,15 @@ class Ended:
     num_nonfinite: int
 
 
-Message = Opened | AudioBlock | SourceGap | Failed | Ended
+Message = Opened | AudioBlock | SourceGap | VideoFrame | Failed | Ended
 
 
 def encode(message: Message) -> bytes:
     """Return the bytes of `message`. Long texts are cut, what cannot be printed becomes a question mark.
 
     Raises:
-        ValueError: if a block has more than 1,280 samples or 8 channels, or a number does not fit.
+        ValueError: if a block has more than 1,280 samples or 8 channels, a frame no pixels or sides above 65,535, or a
+            number does not fit.
     """
     match message:
         case Opened(info):
@@ -95,6 +101,8 @@ def encode(message: Message) -> bytes:
             kind, payload = b"A", bytes([num_channels]) + np.ascontiguousarray(samples, _SAMPLE).tobytes()
         case SourceGap(num_samples, reason):
             kind, payload = b"G", _pack_count(num_samples) + _pack_text(reason)
+        case VideoFrame():
+            return _encode_frame(message)
         case Failed(failure_kind, text):
             kind, payload = b"X", bytes([failure_kind]) + _pack_text(text)
         case Ended(num_nonfinite):
@@ -104,11 +112,32 @@ def encode(message: Message) -> bytes:
     return _HEADER.pack(kind, len(payload)) + payload
 
 
-class WireParser:
-    """Turns bytes, split anywhere, into messages. Holds at most one incomplete message."""
+def _encode_frame(frame: VideoFrame) -> bytes:
+    height_px, width_px, depth = frame.pixels.shape
+    if frame.pixels.dtype != np.uint8 or depth != _RGB:
+        raise ValueError(f"{frame.pixels.dtype}{list(frame.pixels.shape)} is no picture of uint8[height, width, 3]")
+    if not (1 <= width_px <= _MAX_SIDE_PX and 1 <= height_px <= _MAX_SIDE_PX):
+        raise ValueError(f"a frame of {width_px} x {height_px} pixels does not fit into a message")
+    try:
+        head = _FRAME.pack(frame.start_sample, width_px, height_px)
+    except struct.error as error:
+        raise ValueError(f"{frame.start_sample} does not fit into 64 bits") from error
+    return _HEADER.pack(b"V", _FRAME.size + frame.pixels.size) + head + frame.pixels.tobytes()
 
-    def __init__(self) -> None:
+
+class WireParser:
+    """Turns bytes, split anywhere, into messages. Holds at most one incomplete message.
+
+    Args:
+        max_frame_pixels: of the largest frame that may come; 0: no frame is expected, so none is understood.
+    """
+
+    def __init__(self, max_frame_pixels: int = 0) -> None:
         self._pending = bytearray()
+        self._decoders = dict(_DECODERS)
+        self._max_frame_bytes = _FRAME.size + max_frame_pixels * _RGB
+        if max_frame_pixels:
+            self._decoders[b"V"] = _decode_frame
 
     def feed(self, data: bytes) -> list[Message]:
         """Return the messages that `data` completes.
@@ -121,14 +150,17 @@ class WireParser:
         start = 0
         while len(self._pending) - start >= _HEADER.size:
             kind, length = _HEADER.unpack_from(self._pending, start)
-            if kind not in _DECODERS:
+            if kind not in self._decoders:
                 raise WireError(f"unknown kind of message: {kind!r}")
-            if length > MAX_PAYLOAD_BYTES:
-                raise WireError(f"message of {length} bytes is over the limit of {MAX_PAYLOAD_BYTES}")
+            max_bytes = self._max_frame_bytes if kind == b"V" else MAX_PAYLOAD_BYTES
+            if length > max_bytes:
+                raise WireError(f"message of {length} bytes is over the limit of {max_bytes}")
             end = start + _HEADER.size + length
             if len(self._pending) < end:
                 break
-            messages.append(_DECODERS[kind](bytes(self._pending[start + _HEADER.size : end])))
+            with memoryview(self._pending) as pending:  # a slice of the bytearray itself would be one more copy
+                payload = bytes(pending[start + _HEADER.size : end])
+            messages.append(self._decoders[kind](payload))
             start = end
         del self._pending[:start]
         return messages
@@ -172,6 +204,8 @@ def _decode_opened(payload: bytes) -> Opened:
         raise WireError(f"a source of {info.num_channels} channels, expected 1 to {MAX_CHANNELS}")
     if info.duration_s is not None and not 0 <= info.duration_s < math.inf:
         raise WireError(f"a source of {info.duration_s} s")
+    if not (0 <= info.width_px <= _MAX_NATIVE_PX and 0 <= info.height_px <= _MAX_NATIVE_PX):
+        raise WireError(f"a video of {info.width_px} x {info.height_px} pixels")
     _printable(info.container + info.codec)
     return Opened(info)
 
@@ -194,6 +228,16 @@ def _decode_gap(payload: bytes) -> SourceGap:
     if not 1 <= num_samples <= _MAX_GAP_SAMPLES:
         raise WireError(f"gap of {num_samples} samples")
     return SourceGap(num_samples, _unpack_text(payload[_COUNT.size :]))
+
+
+def _decode_frame(payload: bytes) -> VideoFrame:
+    if len(payload) < _FRAME.size:
+        raise WireError(f"frame of {len(payload)} bytes is too short")
+    start_sample, width_px, height_px = _FRAME.unpack_from(payload)
+    if not width_px * height_px or len(payload) != _FRAME.size + width_px * height_px * _RGB:
+        raise WireError(f"{len(payload)} bytes are no frame of {width_px} x {height_px} pixels")
+    pixels = np.frombuffer(payload, np.uint8, offset=_FRAME.size).reshape(height_px, width_px, _RGB)
+    return VideoFrame(start_sample, pixels.copy())  # a copy, because bytes cannot be written to
 
 
 def _decode_failed(payload: bytes) -> Failed:

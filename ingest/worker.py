@@ -1,7 +1,7 @@
 """What the process that decodes one source does; it is a copy of `ingest.zygote`.
 
-It reads one JSON object (`location`, `params`) from its socket and writes messages of `ingest.wire` to it until the
-media ends. Locations are not in the arguments, which every user of the machine may read.
+It reads one JSON object (`location`, `params`, `video`) from its socket and writes messages of `ingest.wire` to it
+until the media ends. Locations are not in the arguments, which every user of the machine may read.
 """
 
 from __future__ import annotations
@@ -12,33 +12,46 @@ import json
 import pkgutil
 import socket
 import stat
+from collections import deque
 from collections.abc import Iterator
-from fractions import Fraction
 from pathlib import Path
 from typing import BinaryIO
 
 import av
 import av.logging
-import numpy as np
 from av.audio.stream import AudioStream
 from av.container import InputContainer
-from numpy.typing import NDArray
 
 from ingest.confine import confine
-from ingest.normalize import Normalizer, check_form
-from ingest.source import AudioBlock, AudioParams, ChannelMode, SourceGap, SourceInfo
+from ingest.sound import Sound
+from ingest.source import (
+    MAX_FRAME_LEAD_MS,
+    AudioBlock,
+    AudioParams,
+    SourceGap,
+    SourceItem,
+    VideoFrame,
+    VideoParams,
+)
+from ingest.tracks import (
+    AnyPacket,
+    Packets,
+    describe,
+    kinds_of,
+    open_container,
+    reason_of,
+    select_audio,
+    select_video,
+)
+from ingest.video import SilentClock, Video
 from ingest.wire import MAX_BLOCK_SAMPLES, Ended, Failed, FailureKind, Message, Opened, encode
 from pipeline.errors import MediaError, SourceNotFound
-from pipeline.timebase import SAMPLE_RATE_HZ
+from pipeline.timebase import ms_to_samples
 
-_FORMATS = (
-    "aac,ac3,aiff,amr,ape,asf,au,avi,caf,dts,eac3,flac,flv,matroska,webm,mov,mp4,m4a,3gp,3g2,mj2,"
-    "mp3,mpeg,mpegts,nut,ogg,tta,voc,w64,wav,wv"
-)
-"""Demuxers that read one file and nothing else: playlists would open what they name."""
+_MAX_HELD_FRAMES = 4
+"""Frames that wait for the sound before them; they are large, so more of them go before their turn."""
 
-_MAX_BAD_PACKETS = 100
-"""So many packets in a row that cannot be decoded end the stream; fewer are a gap in the timestamps."""
+_MAX_LEAD_SAMPLES = ms_to_samples(MAX_FRAME_LEAD_MS - 5_000)
 
 
 def open_file(location: str) -> BinaryIO:
@@ -62,172 +75,119 @@ def open_file(location: str) -> BinaryIO:
         raise MediaError(f"cannot be opened: {reason}") from error
 
 
-def open_container(file: BinaryIO) -> InputContainer:
-    """Find out what the file holds.
+class Playback:
+    """What is heard and seen of an open file, in order.
+
+    Args:
+        container: the file.
+        params: how to normalise, and what to refuse.
+        video_params: which frames to take; None: sound only.
 
     Raises:
-        MediaError: nothing that FFmpeg can read.
+        MediaError: it holds nothing that can be used.
     """
-    options = {"format_whitelist": _FORMATS, "protocol_whitelist": "none"}
-    try:
-        return av.open(file, "r", container_options=options)
-    except (av.FFmpegError, ValueError, MemoryError) as error:
-        raise MediaError(f"not a media file that can be read: {_reason(error)}") from error
 
+    def __init__(self, container: InputContainer, params: AudioParams, video_params: VideoParams | None) -> None:
+        track = select_audio(container)
+        self._video = None if video_params is None else _select(container, video_params, has_sound=track is not None)
+        if track is None and self._video is None:
+            missing = "audio track" if video_params is None else "audio or video track"
+            raise MediaError(f"no {missing}: the file holds {kinds_of(container)}")
+        self._is_silent = track is None
+        self._sound = Sound(track, params)
+        self._sample_of = SilentClock(params).sample_of if track is None else self._sound.sample_of
+        video_track = None if self._video is None else self._video.track
+        self.info = describe(container, track, video_track, params)
+        self._packets = Packets(container, track, video_track, 0.0 if self._video is None else self._video.lead_s)
+        self._position = 0  # behind all sound and gaps that were given out
+        self._frames: deque[VideoFrame] = deque()  # seen already, to be shown with the sound of their time
+        self._has_sound_ended = track is None
 
-def select_audio(container: InputContainer) -> AudioStream:
-    """Return the audio track to hear.
+    @property
+    def num_nonfinite(self) -> int:
+        """How many samples were NaN or infinite."""
+        return self._sound.num_nonfinite
 
-    Raises:
-        MediaError: there is none, no decoder for it, or its form cannot be used.
-    """
-    if not container.streams.audio:
-        kinds = ", ".join(sorted({stream.type for stream in container.streams})) or "nothing"
-        raise MediaError(f"no audio track: the file holds {kinds}")
-    track = container.streams.audio[0]
-    if track.codec_context is None:
-        raise MediaError("the audio track uses a codec that this FFmpeg has no decoder for: convert it, e.g. to FLAC")
-    if track.codec_context.sample_rate or track.codec_context.channels:
-        check_form(track.codec_context.sample_rate, track.codec_context.channels)
-    return track
-
-
-def describe(container: InputContainer, track: AudioStream, params: AudioParams) -> SourceInfo:
-    """Return what is known before anything is decoded."""
-    duration_s: float | None = None
-    if track.duration is not None and track.time_base is not None:
-        duration_s = float(track.duration * track.time_base)
-    elif container.duration is not None:
-        duration_s = container.duration / 1_000_000
-    if duration_s is not None and duration_s < 0:
-        duration_s = None
-    channels = track.codec_context.channels
-    return SourceInfo(
-        num_channels=1 if params.channels is ChannelMode.MIX else channels,
-        native_rate_hz=track.codec_context.sample_rate,
-        native_channels=channels,
-        duration_s=duration_s,
-        container=container.format.name,
-        codec=track.codec_context.name,
-    )
-
-
-def decode(container: InputContainer, track: AudioStream) -> Iterator[av.AudioFrame]:
-    """Yield decoded sound; damaged packets are passed over.
-
-    Raises:
-        MediaError: nothing can be decoded, or nothing any more.
-    """
-    num_bad, last_error, has_sound = 0, "", False
-    for packet in _packets(container, track):
-        try:
-            decoded = track.codec_context.decode(packet)
-        except (av.FFmpegError, ValueError) as error:
-            num_bad, last_error = num_bad + 1, _reason(error)
-            if num_bad >= _MAX_BAD_PACKETS:
-                raise MediaError(f"{num_bad} packets in a row cannot be decoded: {last_error}") from error
-            continue
-        for sound in decoded:
-            if sound.samples:
-                num_bad, has_sound = 0, True
-                yield sound
-    if num_bad and not has_sound:
-        raise MediaError(f"the audio track cannot be decoded: {last_error}")
-
-
-def _packets(container: InputContainer, track: AudioStream) -> Iterator[av.Packet[AudioStream] | None]:
-    """Yield the packets that hold something, then None, at which a decoder gives what it still has."""
-    try:
-        for packet in container.demux(track):
-            if packet.size:
-                yield packet
-    except av.FFmpegError as error:
-        raise MediaError(f"the file breaks off: {_reason(error)}") from error
-    yield None
-
-
-class Timeline:
-    """Finds sound that is missing from the timestamps. Time only goes forward: a jump back begins a new count."""
-
-    def __init__(self, params: AudioParams) -> None:
-        self._params = params
-        self._threshold_s = Fraction(params.min_gap_ms, 1_000)
-        self._clearly_no_jump_s = params.min_gap_ms / 2_000
-        self._began_s: Fraction | None = None
-        self._num_samples = 0  # heard since then, at this rate
-        self._rate_hz = 0
-
-    def gap_before(self, sound: av.AudioFrame) -> int:
-        """Return how many samples at 16 kHz are missing in front of `sound`, or 0, and count it in.
+    def items(self) -> Iterator[SourceItem]:
+        """Yield everything.
 
         Raises:
-            MediaError: if the jump is over `max_gap_ms`.
+            MediaError: the file cannot be used to its end; what came before was given out.
         """
-        if self._is_on_time(sound):
-            self._num_samples += sound.samples
-            return 0
-        expected_s = self._expected_s()
-        if sound.pts is None or sound.time_base is None:
-            begins_s = expected_s or Fraction(0)
-        else:
-            begins_s = sound.pts * sound.time_base
-        jump_s = begins_s - (begins_s if expected_s is None else expected_s)
-        if expected_s is not None and abs(jump_s) <= self._threshold_s:
-            begins_s = expected_s
-        self._began_s, self._num_samples, self._rate_hz = begins_s, sound.samples, sound.sample_rate
-        if jump_s <= self._threshold_s:
-            return 0
-        if jump_s > Fraction(self._params.max_gap_ms, 1_000):
-            raise MediaError(
-                f"the timestamps jump by {float(jump_s):.0f} s, over the limit of "
-                f"{self._params.max_gap_ms / 1_000:.0f} s: repair the file or raise audio.max_gap_ms"
-            )
-        return round(jump_s * SAMPLE_RATE_HZ)
+        try:
+            for track, packet in self._packets:
+                if isinstance(track, AudioStream):
+                    yield from self._hear(packet)
+                else:
+                    yield from self._see(packet)
+            if self._is_silent and self._video is not None:
+                yield from self._be_silent(max(self._video.end_sample, MAX_BLOCK_SAMPLES))
+        except Exception:
+            yield from self._in_time(self._sound.flush())  # the media may break off, but all that was heard counts
+            raise
+        yield from self._in_time(self._sound.flush())
 
-    def _is_on_time(self, sound: av.AudioFrame) -> bool:
-        """Whether there is clearly no jump. Fractions are exact and slow, and nearly all sound is on time."""
-        if self._began_s is None or sound.sample_rate != self._rate_hz:
-            return False
-        if sound.time is None:
-            return True
-        expected_s = float(self._began_s) + self._num_samples / self._rate_hz
-        return abs(sound.time - expected_s) < self._clearly_no_jump_s
+    def _hear(self, packet: AnyPacket | None) -> Iterator[SourceItem]:
+        yield from self._in_time(self._sound.push(packet))
+        self._packets.is_sound_first = not self._sound.has_begun
+        if packet is None:
+            self._has_sound_ended = True
+            yield from self._show(0)
 
-    def _expected_s(self) -> Fraction | None:
-        return None if self._began_s is None else self._began_s + Fraction(self._num_samples, self._rate_hz)
+    def _see(self, packet: AnyPacket | None) -> Iterator[SourceItem]:
+        video = self._video
+        if video is None:
+            return
+        try:
+            for frame in video.push(packet, self._sample_of):
+                self._frames.append(frame)
+                yield from self._show(0 if self._has_sound_ended else _MAX_HELD_FRAMES)
+        except MediaError:
+            if self._is_silent:
+                raise
+            self._video = None  # what can be heard goes on without it
+            self._packets.drop(video.track)
+        if self._is_silent:
+            yield from self._be_silent(video.seen_sample)
 
+    def _in_time(self, heard: Iterator[AudioBlock | SourceGap]) -> Iterator[SourceItem]:
+        """Yield what is heard, and before each item the frames that lie before its end."""
+        for item in heard:
+            end_sample = self._position + (item.samples.shape[1] if isinstance(item, AudioBlock) else item.num_samples)
+            while self._frames and self._frames[0].start_sample < end_sample:
+                yield self._frames.popleft()
+            yield item
+            self._position = end_sample
 
-class Blocks:
-    """Collects sound into blocks that end where a chunk of the stream ends: what is less starts no work there."""
+    def _show(self, num_kept: int) -> Iterator[SourceItem]:
+        """Yield frames until `num_kept` are left, and silence before them where there is no sound any more.
 
-    def __init__(self) -> None:
-        self.num_samples = 0  # of sound, given out or held
-        self._held: list[NDArray[np.int16]] = []
-        self._end_sample = 0  # media time behind all that was pushed and skipped
+        Sound that is missing so far may come late in the file; but the frames do not wait for it.
+        """
+        lead = 0 if self._has_sound_ended else _MAX_LEAD_SAMPLES
+        while len(self._frames) > num_kept:
+            yield from self._be_silent(self._frames[0].start_sample - lead)
+            if len(self._frames) > num_kept:  # the silence may have brought it out
+                yield self._frames.popleft()
 
-    def push(self, samples: NDArray[np.int16]) -> Iterator[AudioBlock]:
-        """Take int16[channels, n] and yield the blocks that are complete."""
-        while samples.shape[1]:
-            part = samples[:, : MAX_BLOCK_SAMPLES - self._end_sample % MAX_BLOCK_SAMPLES]
-            samples = samples[:, part.shape[1] :]
-            self._held.append(part)
-            self._end_sample += part.shape[1]
-            self.num_samples += part.shape[1]
-            if self._end_sample % MAX_BLOCK_SAMPLES == 0:
-                yield from self.flush()
-
-    def skip(self, num_samples: int) -> None:
-        """Let time go on without sound. Flush first."""
-        self._end_sample += num_samples
-
-    def flush(self) -> Iterator[AudioBlock]:
-        """Yield what is held, if anything."""
-        held, self._held = self._held, []
-        if held:
-            yield AudioBlock(held[0] if len(held) == 1 else np.concatenate(held, axis=1))
+    def _be_silent(self, end_sample: int) -> Iterator[SourceItem]:
+        yield from self._in_time(self._sound.push_silence(end_sample))
 
 
-def messages(location: str, params: AudioParams, parent_pid: int) -> Iterator[Message]:
+def _select(container: InputContainer, params: VideoParams, *, has_sound: bool) -> Video | None:
+    """Return the video; None if there is none, or none that can be used while there is something to hear."""
+    try:
+        track = select_video(container, params)
+    except MediaError:
+        if has_sound:
+            return None
+        raise
+    return None if track is None else Video(track, params)
+
+
+def messages(
+    location: str, params: AudioParams, parent_pid: int, video: VideoParams | None = None
+) -> Iterator[Message]:
     """Yield everything there is to say about the source, in order.
 
     Raises:
@@ -235,41 +195,14 @@ def messages(location: str, params: AudioParams, parent_pid: int) -> Iterator[Me
     """
     with open_file(location) as file:
         confine(parent_pid)
-        with open_container(file) as container:
-            track = select_audio(container)
-            yield Opened(describe(container, track, params))
-            normalizer, blocks = Normalizer(params), Blocks()
-            try:
-                yield from _sound(decode(container, track), normalizer, Timeline(params), blocks)
-            except Exception:
-                yield from blocks.flush()  # the media may break off, but all that was heard counts
-                raise
-            yield from blocks.flush()
-            if blocks.num_samples == 0:
-                raise MediaError("no sound can be decoded: the audio track is empty or damaged")
-            yield Ended(normalizer.num_nonfinite)
+        with open_container(file, video) as container:
+            playback = Playback(container, params, video)
+            yield Opened(playback.info)
+            yield from playback.items()
+            yield Ended(playback.num_nonfinite)
 
 
-def _sound(
-    decoded: Iterator[av.AudioFrame], normalizer: Normalizer, timeline: Timeline, blocks: Blocks
-) -> Iterator[AudioBlock | SourceGap]:
-    for sound in decoded:
-        check_form(sound.sample_rate, sound.layout.nb_channels)
-        gap_samples = timeline.gap_before(sound)
-        if gap_samples:
-            yield from blocks.push(normalizer.flush())
-            yield from blocks.flush()
-            yield SourceGap(gap_samples, "timestamps of the source jump")
-            blocks.skip(gap_samples)
-        yield from blocks.push(normalizer.push(sound))
-    yield from blocks.push(normalizer.flush())
-
-
-def _reason(error: Exception) -> str:
-    return (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()[0]
-
-
-def run(location: str, params: AudioParams, parent_pid: int, out: BinaryIO) -> None:
+def run(location: str, params: AudioParams, parent_pid: int, out: BinaryIO, video: VideoParams | None = None) -> None:
     """Write all messages; what goes wrong with the media becomes the last of them.
 
     Raises:
@@ -280,7 +213,7 @@ def run(location: str, params: AudioParams, parent_pid: int, out: BinaryIO) -> N
         out.write(encode(Failed(kind, f"{Path(location).name}: {reason}")))
 
     try:
-        for message in messages(location, params, parent_pid):
+        for message in messages(location, params, parent_pid, video):
             out.write(encode(message))
             out.flush()
     except SourceNotFound as error:
@@ -292,7 +225,7 @@ def run(location: str, params: AudioParams, parent_pid: int, out: BinaryIO) -> N
     except ConnectionError:
         raise
     except Exception as error:  # whatever hostile media brings about ends this stream, and the parent is told
-        fail(FailureKind.MEDIA, f"decoding failed: {type(error).__name__}: {_reason(error)}")
+        fail(FailureKind.MEDIA, f"decoding failed: {type(error).__name__}: {reason_of(error)}")
     out.flush()
 
 
@@ -313,4 +246,6 @@ def serve(connection: socket.socket, parent_pid: int) -> None:
     request = json.loads(asked)
     out = connection.makefile("wb")
     with contextlib.suppress(ConnectionError):  # the parent has left: there is nobody to tell
-        run(request["location"], AudioParams.model_validate(request["params"]), parent_pid, out)
+        asked_video = request.get("video")
+        video = None if asked_video is None else VideoParams.model_validate(asked_video)
+        run(request["location"], AudioParams.model_validate(request["params"]), parent_pid, out, video)
