@@ -1,11 +1,12 @@
-"""One stream, without I/O, threads or a clock: chunks and outcomes in, snapshots and records out.
+"""One stream, without I/O, threads or a clock: chunks, frames and outcomes in, snapshots, jobs and records out.
 
 Both drivers use it: `pipeline/local.py` by samples (the oracle), `actors/session.py` by events. What it emits
 depends only on the chunks, on the outcomes, and, for partials, on when the driver asks for snapshots and how often
 it wants them.
 
-    stream.push(chunk)            sound goes in
+    stream.push(chunk)            sound goes in, and with push_frame(frame) pictures
     stream.due_snapshots()        what should be encoded and decoded now, finals first
+    stream.take_jobs()            what else should be done now: summaries, scenes
     stream.accept(outcome)        what came of it
     stream.take_records()         what is to be published, in order for each key
 """
@@ -15,15 +16,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from pipeline.audio.chunks_to_utterances import Checkpoint, ChunksToUtterances, VadParams
+from pipeline.audio.chunks_to_utterances import Checkpoint, ChunksToUtterances
 from pipeline.audio.samples_to_chunks import SamplesToChunks
 from pipeline.audio.tail import AudioTail
 from pipeline.final_in_progress import FinalInProgress
 from pipeline.items import (
     Chunk,
     Failure,
+    Frame,
     Gap,
     Hypothesis,
+    Job,
+    JobKey,
     Outcome,
     RequestKey,
     Snapshot,
@@ -35,17 +39,19 @@ from pipeline.items import (
 )
 from pipeline.open_utterance import OpenUtterance
 from pipeline.records import BaseRecord, FinalRecord, HealthRecord
+from pipeline.stream_jobs import StreamJobs
 from pipeline.stream_params import AUTO, StreamParams
-from pipeline.text.hypotheses_to_records import Tier, Utterance, to_partial
+from pipeline.text.hypotheses_to_records import UNKNOWN_LANGUAGE, Tier, Utterance, to_partial
 from pipeline.text.in_order import InOrder
 from pipeline.text.stable_prefix import Heard, StablePrefix
-from pipeline.text.transcripts_to_summaries import TranscriptsToSummaries
 from pipeline.timebase import ms_to_samples, samples_to_ms
 
 _EARLY_SOON_MS = 300
 """An early final that begins no later in a pause stands in for the pause's partial."""
 _MIN_ADVANCE_MS = 500
 """A partial's window is not moved by less than this: word times cost a little too."""
+
+_Event = Literal["started", "resumed", "gap", "ended", "failed"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +75,7 @@ class Stream:
         num_channels: int = 1,
         tier: Tier = "edge",
         start: StartPoint | None = None,
+        crop_size: int | None = None,
     ) -> None:
         start = start or StartPoint()
         self.stream_id = stream_id
@@ -84,35 +91,26 @@ class Stream:
         self._void_keys: list[RequestKey] = []
         self._next_sequence = start.next_sequence
         self._next_utterance = start.next_utterance
-        self._end_sample = start.start_sample
-        self._history_samples = ms_to_samples(_history_ms(params.vad))
+        self._history_samples = ms_to_samples(params.vad.history_ms)
         self._post_roll_samples = params.vad.windows(params.vad.post_roll_ms) * ms_to_samples(params.vad.window_ms)
         self._records: list[BaseRecord] = []
         self._ordered: dict[Task, InOrder[BaseRecord]] = {
             task: InOrder(start.next_sequence) for task in tasks_of(params.captions.translate_to, is_final=True)
         }
-        self._summariser = None if params.summary is None else TranscriptsToSummaries(params.summary, stream_id, tier)
+        self._jobs = StreamJobs(params, stream_id, tier, num_channels=num_channels, crop_size=crop_size)
         self._closing_event: HealthRecord | None = None
         self._has_ended = False
-        self._emit_health("resumed" if start.is_resumed else "started")
+        event: _Event = "resumed" if start.is_resumed else "started"
+        self._records.append(self._health(event, start.start_sample, start.start_sample))
 
-    # -- sound in ---------------------------------------------------------------------------------
+    # -- sound and pictures in --------------------------------------------------------------------
 
     def push(self, item: Chunk | Gap) -> None:
         """Take the next item of the chunker."""
         if isinstance(item, Gap):
-            self._records.append(
-                HealthRecord(
-                    stream=self.stream_id,
-                    event="gap",
-                    start_ms=samples_to_ms(item.start_sample),
-                    end_ms=samples_to_ms(item.end_sample),
-                    message=item.reason,
-                )
-            )
+            self._records.append(self._health("gap", item.start_sample, item.end_sample, item.reason))
             return
         self._tails[item.channel].append(item)
-        self._end_sample = max(self._end_sample, item.end_sample)
         for event in self._detectors[item.channel].push(item):
             self._on_event(event)
         if (utterance := self._open.get(item.channel)) is not None:
@@ -121,15 +119,20 @@ class Stream:
                 self._void_keys += utterance.forget_early()
         self._trim(item.channel)
 
+    def push_frame(self, frame: Frame) -> None:
+        """Take the next frame of the video, in order of media time; nothing comes of it without `scenes`."""
+        if self._closing_event is None:
+            self._jobs.push_frame(frame)
+
     def finish(self) -> None:
-        """Close what is open: the sound has ended. `ended` follows when the last final is out."""
+        """Close what is open: the sound has ended. `ended` follows when the last final and the last job are out."""
         self._finish("ended", "")
 
     def fail(self, message: str) -> None:
-        """Close what is open after the source failed. `failed` with `message` follows the last final."""
+        """Close what is open after the source failed. `failed` with `message` follows as `ended` does."""
         self._finish("failed", message)
 
-    def _finish(self, event: Literal["ended", "failed"], message: str) -> None:
+    def _finish(self, event: _Event, message: str) -> None:
         if self._closing_event is not None:
             return
         real_end_sample = self.chunker.end_sample
@@ -138,21 +141,16 @@ class Stream:
         for detector in self._detectors:
             for closed in detector.flush():
                 self._on_event(closed)
-        self._end_sample = real_end_sample
-        end_ms = samples_to_ms(real_end_sample)
-        self._closing_event = HealthRecord(
-            stream=self.stream_id, event=event, start_ms=end_ms, end_ms=end_ms, message=message
-        )
+        self._closing_event = self._health(event, real_end_sample, real_end_sample, message)
         self._end_if_done()
 
-    # -- snapshots out ----------------------------------------------------------------------------
+    # -- snapshots and jobs out -------------------------------------------------------------------
 
     def due_snapshots(self, cadence_ms: int | None = None) -> list[Snapshot]:
         """Return what should be served now, finals first; each is returned once.
 
         Args:
-            cadence_ms: what the stages can bear now, for live streams: kept within the parameters' bounds. None: the
-                cadence by samples.
+            cadence_ms: what the stages can bear now, for live streams, within the parameters' bounds. None: by samples.
         """
         due, self._finals_due = self._finals_due, []
         if self._closing_event is not None:
@@ -170,6 +168,10 @@ class Stream:
             ):
                 due.append(self._take_partial(utterance))
         return due
+
+    def take_jobs(self) -> list[Job]:
+        """Return what should be done now besides captions; each is returned once."""
+        return self._jobs.take_jobs()
 
     def take_void_keys(self) -> list[RequestKey]:
         """Return the keys of snapshots handed out whose outcomes nobody needs any more, each once."""
@@ -219,7 +221,11 @@ class Stream:
     # -- outcomes in ------------------------------------------------------------------------------
 
     def accept(self, outcome: Outcome) -> None:
-        """Take the outcome of one task of a snapshot; late outcomes of overtaken partials are ignored."""
+        """Take the outcome of a job or of one task of a snapshot; late ones of overtaken partials are ignored."""
+        if isinstance(outcome.key, JobKey):
+            self._records += self._jobs.accept(outcome)
+            self._end_if_done()
+            return
         closed = self._closed.get(outcome.key.utterance)
         if closed is not None:
             self._accept_final(closed, outcome)
@@ -268,7 +274,8 @@ class Stream:
             self._publish_partial(utterance, hypothesis, utterance.stable.show_doubtful(text))
             return
         heard_samples = utterance.snapshot_end_sample - utterance.start_sample
-        if heard_samples >= ms_to_samples(self.params.snapshots.keep_language_after_ms):
+        is_enough = heard_samples >= ms_to_samples(self.params.snapshots.keep_language_after_ms)
+        if is_enough and hypothesis.language != UNKNOWN_LANGUAGE:
             utterance.language = hypothesis.language
         if self._publish_partial(utterance, hypothesis, utterance.stable.revise(text, heard)):
             utterance.num_shown += 1
@@ -290,23 +297,20 @@ class Stream:
 
     def _release_done(self, number: int, closed: FinalInProgress) -> None:
         for task, record in closed.take_records():
-            self._release(task, closed.sequence, record)
+            for released in self._ordered[task].put(closed.sequence, record):
+                self._records.append(released)
+                if isinstance(released, FinalRecord):
+                    self._records += self._jobs.push_final(released)
         if closed.is_done:
             del self._closed[number]
-
-    def _release(self, task: Task, sequence: int, record: BaseRecord) -> None:
-        for released in self._ordered[task].put(sequence, record):
-            self._records.append(released)
-            if self._summariser is not None and isinstance(released, FinalRecord):
-                self._records.extend(self._summariser.push(released))
 
     def _end_if_done(self) -> None:
         if self._closing_event is None or self._closed or self._has_ended:
             return
-        self._has_ended = True
-        if self._summariser is not None:
-            self._records.extend(self._summariser.finish())
-        self._records.append(self._closing_event)
+        self._records += self._jobs.finish()
+        if self._jobs.is_done:
+            self._has_ended = True
+            self._records.append(self._closing_event)
 
     # -- records out ------------------------------------------------------------------------------
 
@@ -329,6 +333,11 @@ class Stream:
     def num_unfinished_finals(self) -> int:
         """How many closed utterances wait for an outcome."""
         return len(self._closed)
+
+    @property
+    def num_jobs_in_flight(self) -> int:
+        """How many jobs were handed out and have no outcome yet."""
+        return self._jobs.num_in_flight
 
     # -- utterances -------------------------------------------------------------------------------
 
@@ -382,20 +391,10 @@ class Stream:
 
     def _trim(self, channel: int) -> None:
         keep_from = self._tails[channel].end_sample - self._history_samples
-        utterance = self._open.get(channel)
-        if utterance is not None:
+        if (utterance := self._open.get(channel)) is not None:
             keep_from = min(keep_from, utterance.start_sample)
         self._tails[channel].drop_before(keep_from)
 
-    def _emit_health(self, event: Literal["started", "resumed"]) -> None:
-        now_ms = samples_to_ms(self._end_sample)
-        self._records.append(HealthRecord(stream=self.stream_id, event=event, start_ms=now_ms, end_ms=now_ms))
-
-
-def _history_ms(vad: VadParams) -> int:
-    """Return how far behind the newest sample an utterance that opens now can begin.
-
-    It opens when `min_speech_ms` of speech came together, in the worst case one window at a time with almost a
-    hangover between them.
-    """
-    return vad.windows(vad.min_speech_ms) * vad.hangover_ms + vad.onset_ms + vad.pre_roll_ms + 1_000
+    def _health(self, event: _Event, start_sample: int, end_sample: int, message: str = "") -> HealthRecord:
+        start_ms, end_ms = samples_to_ms(start_sample), samples_to_ms(end_sample)
+        return HealthRecord(stream=self.stream_id, event=event, start_ms=start_ms, end_ms=end_ms, message=message)

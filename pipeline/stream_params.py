@@ -10,6 +10,7 @@ from pipeline.audio.chunks_to_utterances import VadParams
 from pipeline.params import Params
 from pipeline.text.skipped_speech import SkippedSpeechParams
 from pipeline.text.transcripts_to_summaries import SummaryParams
+from pipeline.vision.params import SceneParams
 
 AUTO = "auto"
 
@@ -79,3 +80,4 @@ class StreamParams(Params):
     captions: CaptionParams = CaptionParams()
     skipped_speech: SkippedSpeechParams = SkippedSpeechParams()
     summary: SummaryParams | None = Field(default=None, description="null: no summaries")
+    scenes: SceneParams | None = Field(default=None, description="null: the video of the stream is not looked at")

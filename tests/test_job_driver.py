@@ -22,6 +22,7 @@ from actors.local_stages import LocalStages, LocalTransport
 from actors.metrics import Metrics
 from pipeline.audio.encoder_window import EncoderParams
 from pipeline.decode.embeddings_to_hypotheses import DecodeEngine, DecoderParams
+from pipeline.errors import StageUnavailable
 from pipeline.items import Failure, FailureKind, Frame, Hypothesis, Job, JobKey, Outcome, Task, TaskKind
 from pipeline.models.phi4.tiny import make_tiny
 from pipeline.models.weights import ModelParams
@@ -129,6 +130,7 @@ def test_what_is_lost_goes_again_alone_and_is_then_given_up() -> None:
     assert not queue.lose(pictures, 1.0, "it died")
     assert not queue.take(), "a suspect goes while nothing else is in flight"
     queue.land(texts[0])
+    queue.end_encoding(Need.TEXT)
     [first] = queue.take()
     queue.add(job(TaskKind.SUMMARISE, 2, text="t"), 1.0)
     assert not queue.take(), "nothing goes beside a suspect"
@@ -521,8 +523,6 @@ async def test_a_job_is_done_again_when_the_decoder_crashed_under_it_and_one_tha
 async def test_a_call_that_cannot_be_sent_waits_for_the_stages(
     model: ModelParams, metrics: Metrics, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pipeline.errors import StageUnavailable
-
     is_over = asyncio.Event()
     num_refused = 0
     start_jobs = LocalTransport.start_jobs

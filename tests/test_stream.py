@@ -30,6 +30,7 @@ from pipeline.items import (
 from pipeline.records import BaseRecord, ErrorRecord, FinalRecord, HealthRecord, PartialRecord, TranslationRecord
 from pipeline.stream import StartPoint, Stream
 from pipeline.stream_params import NUM_OPENING_SNAPSHOTS, CaptionParams, SnapshotParams, StreamParams
+from pipeline.text.captions import to_cues
 from pipeline.timebase import CHUNK_SAMPLES, SAMPLE_RATE_HZ
 from tests.media import read_pcm
 
@@ -487,6 +488,62 @@ def test_memory_does_not_grow_with_silence():
         stream.take_records()
     assert held[-1] == held[0]
     assert held[-1] < 10 * SAMPLE_RATE_HZ
+
+
+# Models that tell neither the language nor when a word was said
+
+
+def untold(snapshot: Snapshot) -> Hypothesis:
+    """As of a model that writes no word times and does not say which language it heard."""
+    number = snapshot.end_sample // WORD - snapshot.start_sample // WORD
+    return replace(answer(snapshot, " ".join(f"w{n}" for n in range(number))), language="und")
+
+
+@pytest.mark.parametrize("cadence_ms", [None, 640])
+def test_a_language_that_nobody_told_is_neither_given_nor_called_detected(long_sound, cadence_ms):
+    served, records = caption(Stream("s", long_params(language="auto")), long_sound, lambda s: [untold(s)], cadence_ms)
+    assert {snapshot.language for snapshot in served} == {None}
+    told = [record for record in records if isinstance(record, FinalRecord | PartialRecord)]
+    assert {(record.language, record.language_source) for record in told} == {("und", "tier")}
+
+
+def test_a_language_once_told_is_kept_though_a_later_partial_does_not_tell_it(long_sound):
+    def heard(snapshot: Snapshot) -> list[Outcome]:
+        has_told = snapshot.end_sample - snapshot.start_sample < 5 * SAMPLE_RATE_HZ
+        return [replace(untold(snapshot), language="de" if has_told else "und")]
+
+    served, _ = caption(Stream("s", long_params(language="auto")), long_sound, heard)
+    late = [s for s in served if not s.is_final and s.end_sample - s.start_sample > 6 * SAMPLE_RATE_HZ]
+    assert late
+    assert {snapshot.language for snapshot in late} == {"de"}
+
+
+@pytest.mark.parametrize("language", ["auto", "en"])
+def test_text_without_word_times_is_looked_at_once_and_becomes_stable_by_agreement(long_sound, language):
+    params = long_params(language=language)
+    served, records = caption(Stream("s", params), long_sound, lambda s: [untold(s)], 640)
+    finals = [snapshot for snapshot in served if snapshot.is_final]
+    assert len({(s.key.utterance, s.start_sample, s.end_sample) for s in finals}) == len(finals), "no second looks"
+    for number, partials in itertools.groupby(of_kind(records, PartialRecord), key=lambda record: record.utterance):
+        shown = list(partials)
+        [final] = [record for record in of_kind(records, FinalRecord) if record.utterance == number]
+        assert [partial.stable_chars for partial in shown] == sorted(partial.stable_chars for partial in shown)
+        assert all(final.text.startswith(partial.text[: partial.stable_chars]) for partial in shown)
+        assert final.words == []
+    assert any(partial.stable_chars for partial in of_kind(records, PartialRecord))
+
+
+def test_captions_of_finals_without_word_times_are_spread_over_their_utterance(long_sound):
+    _, records = caption(Stream("s", long_params()), long_sound, lambda s: [untold(s)])
+    finals = of_kind(records, FinalRecord)
+    for final in finals:
+        cues = to_cues([final])
+        assert len(cues) >= (final.end_ms - final.start_ms) / 7_000
+        assert (cues[0].start_ms, cues[-1].end_ms) == (final.start_ms, final.end_ms)
+        assert all(0 < cue.end_ms - cue.start_ms <= 7_000 for cue in cues)
+        assert " ".join(" ".join(cue.lines) for cue in cues) == final.text
+        for before, after in itertools.pairwise(cues):
+            assert before.end_ms == after.start_ms
 
 
 # Partials that look at the last seconds only

@@ -191,6 +191,12 @@ def test_other_languages_are_ranked_by_their_own_words(language: str, texts: tup
     assert all(subject in sentence for sentence in sentences)
 
 
+def test_a_language_that_nobody_told_is_ranked_without_stop_words() -> None:
+    (closing,) = summarise(MEETING, SummaryParams(num_closing_sentences=3), language="und")
+    assert closing.language == "und"
+    assert all("pump" in sentence for sentence in split_sentences(closing.text))
+
+
 def test_another_process_with_another_hash_seed_gives_the_same_summary() -> None:
     program = (
         "import json, sys\n"

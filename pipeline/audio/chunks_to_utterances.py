@@ -80,6 +80,15 @@ class VadParams(Params):
         """Return how many whole windows cover `ms` milliseconds."""
         return -(-ms // self.window_ms)
 
+    @property
+    def history_ms(self) -> int:
+        """How far behind the newest sample an utterance that opens now can begin.
+
+        It opens when `min_speech_ms` of speech came together, in the worst case one window at a time with almost a
+        hangover between them.
+        """
+        return self.windows(self.min_speech_ms) * self.hangover_ms + self.onset_ms + self.pre_roll_ms + 1_000
+
     def limits(self) -> EndpointLimits:
         """Return the lengths that endpointing goes by, in windows."""
         return EndpointLimits(

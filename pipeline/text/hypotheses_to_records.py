@@ -11,6 +11,9 @@ from pipeline.timebase import samples_to_ms
 
 Tier = Literal["edge", "phi4"]
 
+UNKNOWN_LANGUAGE = "und"
+"""The language (ISO 639-2) of a hypothesis whose model does not say which one it heard."""
+
 
 @dataclass(frozen=True, slots=True)
 class Utterance:
@@ -79,6 +82,8 @@ def to_error(utterance: Utterance, task: Task, sequence: int, message: str) -> E
 
 def _speech_fields(utterance: Utterance, hypothesis: Hypothesis) -> dict[str, Any]:
     source = "given" if utterance.is_language_given else "detected"
+    if hypothesis.language == UNKNOWN_LANGUAGE:
+        source = "tier"  # nobody said it: these models do not tell
     return {
         "stream": utterance.stream_id,
         "start_ms": samples_to_ms(utterance.start_sample),

@@ -43,6 +43,8 @@ _UNSPACED = re.compile(
     r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]+"
 )
 
+_UNSPACED_MARKS = "。！？、，：；｡「」『』（）"
+
 
 def split_sentences(text: str) -> list[str]:
     """Return the sentences of `text` in order, stripped; nothing but white space is lost between them.
@@ -65,6 +67,13 @@ def split_sentences(text: str) -> list[str]:
 def ends_sentence(text: str) -> bool:
     """Return whether `text` ends with the mark of a finished sentence."""
     return _ENDS_SENTENCE.search(text.rstrip()) is not None and not _ends_in_abbreviation(text.rstrip())
+
+
+def joint(before: str, behind: str) -> str:
+    """Return what stands between two texts said in a row: nothing where both scripts have no spaces, else one."""
+    edges = before.rstrip()[-1:], behind.lstrip()[:1]
+    is_unspaced = all(_UNSPACED.match(edge) or (edge and edge in _UNSPACED_MARKS) for edge in edges)
+    return "" if is_unspaced else " "
 
 
 def words_of(text: str) -> tuple[str, ...]:

@@ -13,16 +13,22 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from pipeline.errors import ConfigError
 from pipeline.params import Params
 from pipeline.records import FinalRecord, SummaryRecord
 from pipeline.text.sentences import ends_sentence, split_sentences, words_of
 
-_MS_PER_MINUTE = 60_000
+MS_PER_MINUTE = 60_000
 
 
 class SummaryParams(Params):
-    """When a summary is due and how long it is."""
+    """When a summary is due, who writes it, and how long it is."""
 
+    method: Literal["auto", "extractive", "generated"] = Field(
+        default="auto",
+        description="extractive: sentences that were said; generated: the model writes it (tier phi4); "
+        "auto: generated where the tier can",
+    )
     every_minutes: float = Field(
         default=5.0, ge=0.1, le=1_440.0, description="media time between two rolling summaries, in minutes"
     )
@@ -43,6 +49,12 @@ class SummaryParams(Params):
     max_sentence_chars: int = Field(
         default=600, ge=80, le=5_000, description="an unfinished sentence longer than this is taken as it is"
     )
+    max_text_chars: int = Field(
+        default=12_000,
+        ge=1_000,
+        le=100_000,
+        description="generated: text handed to the model for one summary, about four characters a token",
+    )
 
     @model_validator(mode="after")
     def _check_counts(self) -> SummaryParams:
@@ -57,6 +69,21 @@ class SummaryParams(Params):
                 f"{self.max_sentences_kept}: raise max_sentences_kept or ask for a shorter summary"
             )
         return self
+
+
+def summary_method(params: SummaryParams, tier: Literal["edge", "phi4"]) -> Literal["extractive", "generated"]:
+    """Return who makes the summaries of a stream on `tier`.
+
+    Raises:
+        ConfigError: if they are to be generated and the tier cannot.
+    """
+    can_generate = tier == "phi4"
+    if params.method == "generated" and not can_generate:
+        raise ConfigError(
+            f"summary method 'generated' needs models that write text, and tier {tier!r} has none: "
+            "use extractive or auto, or a checkpoint of the phi4 tier"
+        )
+    return "generated" if can_generate and params.method != "extractive" else "extractive"
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +103,7 @@ class _Sentence:
 
 
 @dataclass(slots=True)
-class _Coverage:
+class Coverage:
     """The finals that a summary covers: sequences and media time, both inclusive."""
 
     covers_from: int
@@ -85,9 +112,10 @@ class _Coverage:
     end_ms: int
 
     @staticmethod
-    def with_final(coverage: _Coverage | None, final: FinalRecord) -> _Coverage:
+    def with_final(coverage: Coverage | None, final: FinalRecord) -> Coverage:
+        """Return `coverage` (changed in place, if there is one) with `final`."""
         if coverage is None:
-            return _Coverage(final.sequence, final.sequence, final.start_ms, final.end_ms)
+            return Coverage(final.sequence, final.sequence, final.start_ms, final.end_ms)
         coverage.covers_to = max(coverage.covers_to, final.sequence)
         coverage.start_ms = min(coverage.start_ms, final.start_ms)
         coverage.end_ms = max(coverage.end_ms, final.end_ms)
@@ -114,13 +142,13 @@ class TranscriptsToSummaries:
         self._params = params
         self._stream_id = stream_id
         self._tier: Literal["edge", "phi4"] = tier
-        self._every_ms = round(params.every_minutes * _MS_PER_MINUTE)
+        self._every_ms = round(params.every_minutes * MS_PER_MINUTE)
         self._due_ms = self._every_ms
         self._unfinished: dict[int, _Sentence] = {}  # one a channel
         self._open: list[_Sentence] = []
         self._kept: list[_Sentence] = []
-        self._since_rolling: _Coverage | None = None
-        self._since_start: _Coverage | None = None
+        self._since_rolling: Coverage | None = None
+        self._since_start: Coverage | None = None
         self._is_finished = False
 
     def push(self, final: FinalRecord) -> list[SummaryRecord]:
@@ -131,8 +159,8 @@ class TranscriptsToSummaries:
         """
         if self._is_finished:
             raise RuntimeError("this summary is finished: make a new TranscriptsToSummaries for a new stream")
-        self._since_rolling = _Coverage.with_final(self._since_rolling, final)
-        self._since_start = _Coverage.with_final(self._since_start, final)
+        self._since_rolling = Coverage.with_final(self._since_rolling, final)
+        self._since_start = Coverage.with_final(self._since_start, final)
         self._take_sentences(final)
         if final.end_ms < self._due_ms:
             return []
@@ -194,7 +222,7 @@ class TranscriptsToSummaries:
         return [sentences[index] for index in self._choose_central(texts, count, _main_language(sentences))]
 
     def _record(
-        self, scope: Literal["rolling", "closing"], chosen: Sequence[_Sentence], coverage: _Coverage
+        self, scope: Literal["rolling", "closing"], chosen: Sequence[_Sentence], coverage: Coverage
     ) -> SummaryRecord:
         return SummaryRecord(
             stream=self._stream_id,
