@@ -207,9 +207,7 @@ def test_a_question_that_lacks_its_subject_is_refused(prompter: Phi4Prompter, qu
         (ask(ANSWER), "en"),
     ],
 )
-def test_the_language_heard_or_answered_in_is_told(
-    prompter: Phi4Prompter, question: Question, language: str
-) -> None:
+def test_the_language_heard_or_answered_in_is_told(prompter: Phi4Prompter, question: Question, language: str) -> None:
     assert prompter.language_of(question, ()) == language
 
 
