@@ -171,7 +171,7 @@ class JobDriver:
         """Deliver the outcomes of one call, to its end.
 
         Raises:
-            StageUnavailable: if a stage died under it, or none comes for `max_wait_ms`.
+            StageUnavailable: if a stage died under it, or nothing comes for `call_timeout_ms`.
         """
         # Lost ones stay owed until the others are answered: whatever else ends the call, they are not forgotten.
         lost: list[Ticket] = []
@@ -194,7 +194,7 @@ class JobDriver:
         self._fail(call.take_owed(), "the decoder ended without an outcome")
 
     async def _next_of(self, outcomes: AsyncGenerator[Outcome, None]) -> Outcome | None:
-        timeout_s = self._params.max_wait_ms / 1_000
+        timeout_s = self._params.call_timeout_ms / 1_000
         try:
             async with asyncio.timeout(timeout_s):
                 return await anext(outcomes, None)

@@ -34,7 +34,10 @@ class JobParams(Params):
         default=120_000.0,
         gt=0,
         le=3_600_000,
-        description="a job that no stage took for so long is given up; a call that is silent for so long is lost",
+        description="a job that was not answered for so long is not sent (again)",
+    )
+    call_timeout_ms: float = Field(
+        default=60_000.0, gt=0, le=3_600_000, description="a call of jobs that gives nothing for so long counts as lost"
     )
     max_frames_per_call: int = Field(default=16, ge=1, le=256, description="frames of one call, of all streams")
     max_in_flight: int = Field(
