@@ -48,9 +48,23 @@ def open_container(file: BinaryIO, video: VideoParams | None) -> InputContainer:
         options["format_whitelist"] = f"{_FORMATS},{_PICTURES}"
         limits["max_pixels"] = str(video.max_pixels)  # finding out may take the decoding of a frame
     try:
-        return av.open(file, "r", options=limits, container_options=options)
-    except (av.FFmpegError, ValueError, MemoryError) as error:
+        try:
+            return av.open(file, "r", options=limits, container_options=options)
+        except (OSError, ValueError):
+            if video is None:
+                raise
+            # The name of a picture leads FFmpeg to a demuxer that would open files by itself, and may not be used.
+            file.seek(0)
+            return av.open(_Nameless(file), "r", options=limits, container_options=options)
+    except (av.FFmpegError, OSError, ValueError, MemoryError) as error:
         raise MediaError(f"not a media file that can be read: {reason_of(error)}") from error
+
+
+class _Nameless:
+    """What FFmpeg needs of a file, without its name: what is in it decides what it is."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.read, self.seek, self.tell = file.read, file.seek, file.tell
 
 
 def select_audio(container: InputContainer) -> AudioStream | None:

@@ -125,9 +125,10 @@ class Video:
         return True
 
     def _taken(self, picture: av.VideoFrame, sample_of: SampleOf) -> Iterator[VideoFrame]:
-        if picture.is_corrupt or picture.pts is None or picture.time_base is None:
+        time_base = picture.time_base or self.track.time_base  # what a decoder gives at the end has none
+        if picture.is_corrupt or picture.pts is None or time_base is None:
             return
-        sample = sample_of(picture.pts * picture.time_base)
+        sample = sample_of(picture.pts * time_base)
         if sample is None:
             self._num_bad = 0
             return

@@ -1,4 +1,4 @@
-"""Make the project's own demo and test media with flite, espeak-ng and sox.
+"""Make the project's own demo and test media with flite, espeak-ng, sox and PyAV.
 
     python scripts/make_media.py [FOLDER]        # FOLDER defaults to media/
 
@@ -9,9 +9,10 @@
 | german.wav     | one German sentence; german.txt has the words                                              |
 | long.wav       | more than 20 s of speech without a pause of 200 ms; long.txt has the words                  |
 | noise.wav      | a fan and hum without any speech                                                            |
+| demo.mp4       | about 20 s in a factory hall, drawn: five scenes, a sentence about each; demo-video.txt     |
 
-All are 16 kHz, 16 bit. The same tool versions give the same bytes on every run. A folder that this version of the
-script has filled is left as it is.
+All sound is 16 kHz, 16 bit, that of demo.mp4 in AAC; its video is 640 x 360 in H.264, 10 frames a second. The same
+tool versions give the same bytes on every run. A folder that this version of the script has filled is left as it is.
 """
 
 from __future__ import annotations
@@ -22,9 +23,15 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+import wave
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
+
+import av
+import numpy as np
+from numpy.typing import NDArray
 
 PACKAGES = {"flite": "flite", "espeak-ng": "espeak-ng", "sox": "sox"}
 STAMP_NAME = ".made-by"
@@ -71,6 +78,11 @@ LONG = (
     "they called the manager at home and asked him to come back at once and bring the other engineer along "
     "with a lamp and a pump and as many dry towels as he could carry in the back of his old green car"
 )
+
+
+WIDTH_PX, HEIGHT_PX, FRAMES_HZ = 640, 360, 10
+Picture = NDArray[np.uint8]  # [HEIGHT_PX, WIDTH_PX, 3], RGB
+Colour = tuple[int, int, int]
 
 
 class MediaToolError(Exception):
@@ -175,11 +187,132 @@ def make_noise(folder: Path, work: Path) -> None:
     sox("-m", fan, hum, folder / "noise.wav")
 
 
-MAKERS = (make_demo, make_two_voices, make_german, make_long, make_noise)
-NAMES = tuple(
-    name
-    for stem in ("demo", "two_voices", "german", "long", "noise")
-    for name in ((f"{stem}.wav",) if stem == "noise" else (f"{stem}.wav", f"{stem}.txt"))
+def bar(picture: Picture, box: tuple[int, int, int, int], colour: Colour) -> None:
+    """Fill a rectangle (left, top, width, height); what lies outside the picture is left out."""
+    left, top, width, height = box
+    picture[max(top, 0) : max(top + height, 0), max(left, 0) : max(left + width, 0)] = colour
+
+
+def disc(picture: Picture, x: int, y: int, radius: int, colour: Colour) -> None:
+    """Fill a circle."""
+    rows, columns = np.ogrid[:HEIGHT_PX, :WIDTH_PX]
+    picture[(columns - x) ** 2 + (rows - y) ** 2 <= radius**2] = colour
+
+
+def hall(wall: Colour, floor: Colour) -> Picture:
+    """Return an empty hall: wall, floor, and three windows."""
+    picture = np.empty((HEIGHT_PX, WIDTH_PX, 3), np.uint8)
+    picture[:230], picture[230:] = wall, floor
+    for left in (60, 260, 460):
+        bar(picture, (left, 40, 120, 70), (190, 215, 235))
+        bar(picture, (left + 57, 40, 6, 70), wall)
+    return picture
+
+
+def draw_line(share: float) -> Picture:
+    """Blue pumps on a belt that moves."""
+    picture = hall((205, 205, 195), (120, 115, 110))
+    bar(picture, (0, 250, WIDTH_PX, 24), (45, 45, 50))
+    for index in range(-2, 4):
+        left = round(index * 180 + share * 300)
+        bar(picture, (left, 190, 90, 60), (30, 80, 170))
+        bar(picture, (left + 90, 205, 30, 18), (30, 80, 170))
+        disc(picture, left + 45, 185, 30, (60, 120, 210))
+    return picture
+
+
+def draw_door(share: float) -> Picture:  # noqa: ARG001 - nothing moves here
+    """A closed door with a red light above it."""
+    picture = hall((150, 140, 130), (80, 75, 70))
+    bar(picture, (200, 0, 240, 300), (100, 105, 115))
+    bar(picture, (220, 90, 200, 210), (60, 65, 75))
+    bar(picture, (317, 90, 6, 210), (25, 25, 30))
+    disc(picture, 320, 45, 34, (255, 120, 110))
+    disc(picture, 320, 45, 24, (225, 15, 15))
+    return picture
+
+
+def draw_screen(share: float) -> Picture:
+    """A dark screen with bars that rise, one of them red."""
+    picture = np.full((HEIGHT_PX, WIDTH_PX, 3), (20, 24, 30), np.uint8)
+    bar(picture, (40, 30, 560, 300), (10, 60, 50))
+    for index, full in enumerate((0.3, 0.5, 0.4, 0.95, 0.35)):
+        height = round(240 * full * (0.6 + 0.4 * share))
+        bar(picture, (90 + 100 * index, 310 - height, 60, height), (235, 50, 40) if full > 0.9 else (70, 200, 120))
+    return picture
+
+
+def draw_cart(share: float) -> Picture:
+    """A small yellow cart that crosses an empty hall; nothing else moves."""
+    picture = hall((190, 200, 190), (135, 135, 130))
+    left = round(20 + share * 560)
+    bar(picture, (left, 290, 34, 16), (240, 200, 20))
+    disc(picture, left + 8, 308, 5, (20, 20, 20))
+    disc(picture, left + 26, 308, 5, (20, 20, 20))
+    return picture
+
+
+def draw_team(share: float) -> Picture:  # noqa: ARG001 - nothing moves here
+    """Four people in orange vests with white helmets, close."""
+    picture = hall((225, 225, 215), (160, 150, 140))
+    for index in range(4):
+        x = 100 + 145 * index
+        bar(picture, (x - 45, 170, 90, 190), (240, 120, 20))
+        bar(picture, (x - 45, 240, 90, 14), (240, 240, 200))
+        disc(picture, x, 130, 38, (215, 170, 140))
+        disc(picture, x, 112, 34, (250, 250, 250))
+    return picture
+
+
+SHOWN: tuple[tuple[Line, Callable[[float], Picture]], ...] = (
+    (Line("Good morning. In this hall we build blue water pumps.", 1.0), draw_line),
+    (Line("The red light above the door means that a machine has stopped.", 1.0), draw_door),
+    (Line("On the screen you can see that one of them is far too hot.", 1.0), draw_screen),
+    (Line("A small yellow cart is already on its way with a new filter.", 1.2), draw_cart),
+    (Line("Now the whole team can go back to work. Thank you.", 1.0), draw_team),
+)
+
+
+def make_video(folder: Path, work: Path) -> None:
+    """Write demo.mp4: each scene as long as what is said about it and the pause behind that."""
+    parts = [work / f"shown{index}.wav" for index in range(len(SHOWN))]
+    pictures: list[Picture] = []
+    end_s = 0.0
+    for part, (line, draw) in zip(parts, SHOWN, strict=True):
+        say(part, line, work)
+        end_s += duration_s(part)
+        num_frames = round(end_s * FRAMES_HZ) - len(pictures)
+        pictures += [draw(index / num_frames) for index in range(num_frames)]
+    sox(*parts, work / "shown.wav")
+    with wave.open(str(work / "shown.wav")) as file:
+        samples = np.frombuffer(file.readframes(file.getnframes()), np.int16)
+    encode_video(folder / "demo.mp4", pictures, samples)
+    (folder / "demo-video.txt").write_text(" ".join(line.text for line, _ in SHOWN) + "\n", encoding="utf-8")
+
+
+def encode_video(path: Path, pictures: Sequence[Picture], samples: NDArray[np.int16]) -> None:
+    """Write pictures as H.264 and int16[n] at 16 kHz as AAC, by one thread each, so that bytes never change."""
+    with av.open(str(path), "w", container_options={"fflags": "+bitexact"}) as container:
+        video = container.add_stream("libx264", rate=FRAMES_HZ, options={"crf": "26", "preset": "medium"})
+        video.width, video.height, video.pix_fmt = WIDTH_PX, HEIGHT_PX, "yuv420p"
+        video.codec_context.thread_count = 1
+        sound = container.add_stream("aac", rate=16_000, layout="mono", bit_rate=48_000)
+        packets: list[av.Packet] = []
+        for picture in pictures:
+            packets += video.encode(av.VideoFrame.from_ndarray(picture, format="rgb24"))
+        for start in range(0, len(samples), 1_024):
+            block = av.AudioFrame.from_ndarray(samples[np.newaxis, start : start + 1_024], format="s16", layout="mono")
+            block.sample_rate, block.pts, block.time_base = 16_000, start, Fraction(1, 16_000)
+            packets += sound.encode(block)
+        packets += [*video.encode(None), *sound.encode(None)]
+        for packet in sorted(packets, key=lambda packet: packet.dts * packet.time_base):
+            container.mux(packet)
+
+
+MAKERS = (make_demo, make_two_voices, make_german, make_long, make_noise, make_video)
+NAMES = (
+    *("demo.wav", "demo.txt", "two_voices.wav", "two_voices.txt", "german.wav", "german.txt"),
+    *("long.wav", "long.txt", "noise.wav", "demo.mp4", "demo-video.txt"),
 )
 
 
