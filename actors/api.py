@@ -1,4 +1,4 @@
-"""The HTTP API of the gateway: health, metrics, streams and questions. It describes itself at /docs and /openapi.json."""
+"""The HTTP API of the gateway: health, metrics, streams, questions. It describes itself at /docs and /openapi.json."""
 
 from __future__ import annotations
 

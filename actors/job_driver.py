@@ -90,7 +90,8 @@ class JobDriver:
             message = f"{self._queue.num_waiting} jobs wait already: try again later"
             return Failure(job.key, job.task, FailureKind.UNAVAILABLE, message)
         ticket, overtaken = self._queue.add(job, _now_ms())
-        answer = self._answers[ticket] = asyncio.get_running_loop().create_future()
+        answer: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        self._answers[ticket] = answer
         self._settle(overtaken)
         self._wakeup.set()
         try:

@@ -57,7 +57,9 @@ class AskSpec(Params):
         description="paths of pictures that the question is about; of a video, its first one",
     )
     stream_id: str | None = Field(
-        default=None, pattern=r"^[A-Za-z0-9._-]{1,64}$", description="a live stream: the question is about what it shows"
+        default=None,
+        pattern=r"^[A-Za-z0-9._-]{1,64}$",
+        description="a live stream: the question is about what it shows",
     )
 
 
@@ -113,7 +115,9 @@ class Questions:
         if not question and spec.sound is None:
             raise ConfigError("nothing is asked: give a question, or sound in which it is spoken")
         if spec.sound is None and not spec.pictures and spec.stream_id is None:
-            raise ConfigError("the question is about nothing to look at or hear: give a picture, sound or a live stream")
+            raise ConfigError(
+                "the question is about nothing to look at or hear: give a picture, sound or a live stream"
+            )
         if spec.stream_id is not None and len(spec.pictures) == MAX_PICTURES:
             raise ConfigError(f"what the stream shows counts too: give at most {MAX_PICTURES - 1} pictures beside it")
         if spec.stream_id is not None and shown is None:
@@ -169,7 +173,9 @@ class Questions:
     async def _read_picture(self, path: str) -> Frame:
         eyes = self._stages.info.eyes
         if eyes is None:
-            raise ConfigError(f"tier {self._stages.info.tier} ({self._stages.info.model}) has no eyes: ask without pictures")
+            raise ConfigError(
+                f"tier {self._stages.info.tier} ({self._stages.info.model}) has no eyes: ask without pictures"
+            )
         num_samples = 0
         video = video_params(eyes, _SAMPLE_INTERVAL_MS)
         async with ContainerSource(path, self._audio, Pace.FAST, self._processes, video=video) as source:
@@ -221,4 +227,4 @@ def _num_samples_of(item: AudioBlock | SourceGap) -> int:
 
 
 def _spoken(seconds: int) -> str:
-    return f"{seconds // 60} minutes" if seconds > 60 else f"{seconds} seconds"  # noqa: PLR2004 - of a minute
+    return f"{seconds // 60} minutes" if seconds > 60 else f"{seconds} seconds"

@@ -65,7 +65,12 @@ def queue_of(*items: Job, **params: float) -> JobQueue:
 
 
 def test_jobs_with_the_same_needs_go_together_and_each_need_has_its_own_call() -> None:
-    items = [scene(stream="a"), job(TaskKind.SUMMARISE, text="t"), scene(stream="b"), job(TaskKind.ANSWER, has_sound=True)]
+    items = [
+        scene(stream="a"),
+        job(TaskKind.SUMMARISE, text="t"),
+        scene(stream="b"),
+        job(TaskKind.ANSWER, has_sound=True),
+    ]
     queue = queue_of(*items)
     calls = [jobs_of(queue.take()) for _ in range(4)]
     assert sorted(map(len, calls)) == [0, 1, 1, 2]
@@ -373,9 +378,7 @@ async def test_jobs_submitted_together_get_what_each_gets_alone(model: ModelPara
 
 
 async def test_a_tier_without_eyes_does_no_jobs(tmp_path_factory: pytest.TempPathFactory, metrics: Metrics) -> None:
-    whisper = ModelParams(
-        name=str(save_tiny(tmp_path_factory.mktemp("tiny"))), encoder_threads=1, decoder_threads=1
-    )
+    whisper = ModelParams(name=str(save_tiny(tmp_path_factory.mktemp("tiny"))), encoder_threads=1, decoder_threads=1)
     async with open_stages(whisper, metrics) as stages:
         assert stages.info.eyes is None
         outcome = await stages.submit_job(scene())

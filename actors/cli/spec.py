@@ -44,7 +44,7 @@ def make_spec(**values: Any) -> StreamSpec:
 
 
 def check_path(source: str) -> str:
-    """Return the path of a media file made absolute, since a gateway has a working directory of its own; a URL as it is.
+    """Return the path of a media file as an absolute one, since a gateway has a directory of its own; a URL as it is.
 
     Raises:
         SourceNotFound: if it leads nowhere; told here, before any model is loaded.
