@@ -1,4 +1,4 @@
-"""The HTTP API of the gateway: health, metrics and streams. It describes itself at /docs and /openapi.json."""
+"""The HTTP API of the gateway: health, metrics, streams, questions. It describes itself at /docs and /openapi.json."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from actors.listener import listen
+from actors.questions import Answer, AskSpec, StreamQuestion, SummariseSpec
 from actors.spec import StreamSpec, StreamStatus
 from pipeline.errors import (
     CapacityExceeded,
@@ -28,6 +29,8 @@ from pipeline.errors import (
     MediaError,
     ServiceError,
     SourceNotFound,
+    StageError,
+    StageUnavailable,
     StoreError,
     StreamNotFound,
     SurtitleError,
@@ -42,6 +45,8 @@ _STATUS_OF: tuple[tuple[type[SurtitleError], HTTPStatus], ...] = (
     (CapacityExceeded, HTTPStatus.SERVICE_UNAVAILABLE),
     (ServiceError, HTTPStatus.SERVICE_UNAVAILABLE),
     (StoreError, HTTPStatus.SERVICE_UNAVAILABLE),
+    (StageUnavailable, HTTPStatus.SERVICE_UNAVAILABLE),
+    (StageError, HTTPStatus.UNPROCESSABLE_ENTITY),
     (StreamNotFound, HTTPStatus.NOT_FOUND),
     (SourceNotFound, HTTPStatus.UNPROCESSABLE_ENTITY),
     (MediaError, HTTPStatus.UNPROCESSABLE_ENTITY),
@@ -86,6 +91,18 @@ def create_api(gateway: Gateway) -> FastAPI:
     @api.delete("/v1/streams/{stream_id}", summary="End a stream; answers when its last final is published")
     async def stop_stream(stream_id: str) -> StreamStatus:
         return await gateway.stop_stream(stream_id)
+
+    @api.post("/v1/answers", summary="Answer a question about pictures, sound or a live stream (tier phi4)")
+    async def answer(spec: AskSpec) -> Answer:
+        return await gateway.answer(spec)
+
+    @api.post("/v1/streams/{stream_id}/answers", summary="Answer a question about what a stream shows now (tier phi4)")
+    async def answer_stream(stream_id: str, asked: StreamQuestion) -> Answer:
+        return await gateway.answer(AskSpec(question=asked.question, stream_id=stream_id))
+
+    @api.post("/v1/summaries", summary="Summarise a text, or the speech of a media file (tier phi4)")
+    async def summarise(spec: SummariseSpec) -> Answer:
+        return await gateway.summarise(spec)
 
     return api
 

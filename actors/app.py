@@ -1,6 +1,8 @@
 """The graph, once: the Ray cluster, the Serve applications and the gateway actor.
 
-    gateway actor (sessions, publisher, HTTP) ── AudioEncoder deployment ── Decoder deployment
+    gateway actor (sessions, publisher, HTTP) ─┬─ AudioEncoder deployment ───┬─ Decoder deployment
+                                               └─ VisionEncoder deployment ──┘
+                                                  (tier phi4 only)
 
 Everything starts concurrently: the gateway's process and the replicas load while the others do.
 """
@@ -21,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from actors.settings import Settings
 from actors.threads import COMPUTE_ENVIRONMENT
 from pipeline.errors import ServiceError
+from pipeline.models.tier import tier_of
 
 if TYPE_CHECKING:
     from actors.gateway import GatewayInfo
@@ -35,6 +38,7 @@ NAMESPACE = "surtitle"
 
 _REPLICA_CPUS = 0.1  # bookkeeping only: the models' threads are set in model.encoder_threads and decoder_threads
 _DECODER_MAX_CALLS = 64
+_EYES_MAX_CALLS = 2  # jobs with frames, and jobs with frames and sound
 _RAY_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     # Ray would run its workers at nice 15: whatever else the machine does would come before the captions.
@@ -69,7 +73,7 @@ class RayApp:
         self.gateway: Any = None
 
     def start(self, *, serves_http: bool = False) -> GatewayInfo:
-        """Start or join the cluster, deploy both stages and the gateway; return when streams can be started.
+        """Start or join the cluster, deploy the stages and the gateway; return when streams can be started.
 
         Blocks for seconds. After an error, call `stop`.
 
@@ -111,13 +115,15 @@ class RayApp:
         import ray  # noqa: PLC0415 - see _start_ray
         from ray import serve  # noqa: PLC0415
 
-        from actors.serve_stages import DECODER_APP, ENCODER_APP  # noqa: PLC0415
+        from actors.serve_stages import DECODER_APP, ENCODER_APP, EYES_APP  # noqa: PLC0415
 
         if self.gateway is None:  # then none was started, or another one runs there
             return
         ray.kill(self.gateway)
-        for name in (ENCODER_APP, DECODER_APP):
-            serve.delete(name, _blocking=False)
+        running = serve.status().applications
+        for name in (ENCODER_APP, DECODER_APP, EYES_APP):
+            if name in running:
+                serve.delete(name, _blocking=False)
 
     def _report(self, text: str) -> None:
         self._check_cancelled()
@@ -210,8 +216,26 @@ class RayApp:
             serve.RunTarget(encoder.bind(settings.model, settings.encoder), name=ENCODER_APP, route_prefix=None),
             serve.RunTarget(decoder.bind(settings.model, settings.decoder), name=DECODER_APP, route_prefix=None),
         ]
+        if tier_of(settings.model) == "phi4":
+            targets.append(self._make_eyes())
         # The controller makes deployments in its next round; before that a handle to one is an error.
         serve.run_many(targets, wait_for_ingress_deployment_creation=True, wait_for_applications_running=False)
+
+    def _make_eyes(self) -> Any:
+        from ray import serve  # noqa: PLC0415 - see _start_ray
+
+        from actors.serve_stages import EYES, EYES_APP  # noqa: PLC0415
+        from actors.vision_encoder import VisionEncoder  # noqa: PLC0415
+
+        settings = self._settings
+        deployment: Any = serve.deployment
+        eyes = deployment(VisionEncoder).options(
+            name=EYES,
+            num_replicas=settings.ray.num_vision_replicas,
+            max_ongoing_requests=_EYES_MAX_CALLS,
+            **self._deployment_options(),
+        )
+        return serve.RunTarget(eyes.bind(settings.model, settings.vision), name=EYES_APP, route_prefix=None)
 
     def _deployment_options(self) -> dict[str, Any]:
         actor_options: dict[str, Any] = {"num_cpus": _REPLICA_CPUS}

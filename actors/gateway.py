@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from actors.metrics import Metrics
 from actors.publisher import Publisher
+from actors.questions import Answer, AskSpec, Questions, SummariseSpec, video_params
 from actors.session import Scheduling, Session, SessionState
 from actors.settings import Settings
 from actors.spec import StreamSpec, StreamState, StreamStatus, make_stream_id
@@ -25,6 +26,7 @@ from ingest.container import ContainerSource, Pace
 from ingest.processes import DecoderProcesses
 from ingest.source import ChannelMode
 from pipeline.errors import CapacityExceeded, ServiceError, StreamNotFound, SurtitleError
+from pipeline.stream_params import StreamParams
 
 if TYPE_CHECKING:
     from actors.stage_driver import StageDriver
@@ -68,6 +70,7 @@ class Gateway:
         self._info: GatewayInfo | None = None
         self._publisher: Publisher | None = None
         self._stages: Stages | None = None
+        self._questions: Questions | None = None
         self._decoders = DecoderProcesses()
         self._running: dict[str, _Running] = {}
         self._statuses: OrderedDict[str, StreamStatus] = OrderedDict()
@@ -92,6 +95,7 @@ class Gateway:
             stages = opening.result()
             self._exits.push_async_callback(stages.aclose)
             self._stages = stages
+            self._questions = Questions(stages, self._settings.audio, self._decoders)
             self._publisher = await self._exits.enter_async_context(Publisher(store))
         except BaseExceptionGroup as group_of_errors:
             await self._exits.aclose()
@@ -136,10 +140,11 @@ class Gateway:
             raise ServiceError("the gateway is stopping" if self._is_draining else "the gateway has not started yet")
         stream_id = spec.stream_id or make_stream_id(spec.source)
         self._admit(stream_id)
-        source = self._source_of(spec)
+        params = spec.stream_params(self._settings.stream_params())
+        source = self._source_of(spec, params, self._stages.info)
         session = Session(
             stream_id,
-            spec.stream_params(self._settings.stream_params()),
+            params,
             source,
             self._stages,
             self._publisher,
@@ -200,6 +205,32 @@ class Gateway:
         live = [_status_of(stream_id, running) for stream_id, running in self._running.items()]
         return live + list(reversed(self._statuses.values()))
 
+    async def answer(self, spec: AskSpec) -> Answer:
+        """Answer a question about pictures, sound, or what a live stream shows now.
+
+        Raises:
+            CapacityExceeded: if as many questions as allowed are being answered.
+            ServiceError: if the gateway has not started or is stopping, or the models did not get to it.
+            StreamNotFound: if no such stream is live here.
+            ConfigError: if the models cannot do what is asked for, or the question is about nothing.
+            MediaError: if a picture or the sound cannot be read, or is too long.
+            StageError: if the models have no answer.
+        """
+        questions = self._opened_questions()
+        if spec.stream_id is None:
+            return await questions.answer(spec)
+        running = self._running.get(spec.stream_id)
+        if running is None:
+            raise StreamNotFound(f"no stream {spec.stream_id!r} is live here")
+        return await questions.answer(spec, running.session.last_frame)
+
+    async def summarise(self, spec: SummariseSpec) -> Answer:
+        """Summarise a text, or the speech of a media file.
+
+        Raises: as `answer`.
+        """
+        return await self._opened_questions().summarise(spec)
+
     async def drain(self) -> None:
         """Admit nothing more, end every stream with its last finals; those too slow are cut off. Idempotent."""
         self._is_draining = True
@@ -247,6 +278,8 @@ class Gateway:
                 settings.dispatch,
                 self._metrics,
                 snapshots=settings.snapshots,
+                jobs=settings.jobs,
+                vision=settings.vision,
             )
         from actors.serve_stages import ServeStages  # noqa: PLC0415 - the other runtime works without Ray installed
 
@@ -256,15 +289,25 @@ class Gateway:
             num_encoder_replicas=settings.ray.num_encoder_replicas,
             start_timeout_s=settings.service.start_timeout_s,
             snapshots=settings.snapshots,
+            jobs=settings.jobs,
         )
 
     # -- sessions ---------------------------------------------------------------------------------
 
-    def _source_of(self, spec: StreamSpec) -> ContainerSource:
+    def _opened_questions(self) -> Questions:
+        if self._questions is None or not self.is_ready:
+            raise ServiceError("the gateway is stopping" if self._is_draining else "the gateway has not started yet")
+        return self._questions
+
+    def _source_of(self, spec: StreamSpec, params: StreamParams, info: StagesInfo) -> ContainerSource:
         audio = self._settings.audio
         if spec.channels is not None:
             audio = audio.model_copy(update={"channels": ChannelMode(spec.channels)})
-        return ContainerSource(spec.source, audio, Pace(spec.pace), self._decoders)
+        video = None
+        # Without eyes the session refuses scenes, before the source is opened.
+        if params.scenes is not None and info.eyes is not None:
+            video = video_params(info.eyes, params.scenes.sample_interval_ms)
+        return ContainerSource(spec.source, audio, Pace(spec.pace), self._decoders, video=video)
 
     def _admit(self, stream_id: str) -> None:
         if stream_id in self._running:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from actors.cadence import CadencePolicy
-from pipeline.items import Failure, Hypothesis, Outcome, Snapshot
+from pipeline.items import Failure, Hypothesis, Job, Outcome, Snapshot
 from pipeline.records import BaseRecord, FinalRecord, PartialRecord
 
 _LATENCY_MS = (5, 10, 20, 40, 80, 160, 320, 640, 1_280, 2_560, 5_120, 10_240, 30_000)
+_JOB_MS = (40, 160, 640, 1_280, 2_560, 5_120, 10_240, 30_000, 60_000, 120_000, 300_000)
 
 
 class Metrics:
@@ -46,6 +47,20 @@ class Metrics:
             "surtitle_encode_ms", "One encoder call, its wait for the call before it included"
         )
         self.decode_ms = self._histogram("surtitle_decode_ms", "From the end of encoding to each outcome")
+        self.jobs = Counter(
+            "surtitle_jobs",
+            "Descriptions, summaries and answers that are over, by what came of them",
+            ["kind", "outcome"],
+            registry=self.registry,
+        )
+        self.jobs_waiting = Gauge("surtitle_jobs_waiting", "Jobs that wait for a call", registry=self.registry)
+        self.job_ms = Histogram(
+            "surtitle_job_ms",
+            "From the submission of a job to its answer",
+            ["kind"],
+            buckets=_JOB_MS,
+            registry=self.registry,
+        )
         self.cadence_ms = self._histogram("surtitle_partial_cadence_ms", "Sound between two partials of one utterance")
         self.cadence_target_ms = Gauge(
             "surtitle_partial_cadence_target_ms",
@@ -81,6 +96,17 @@ class Metrics:
             self.guards.labels(guard=outcome.guard).inc()
         elif isinstance(outcome, Failure):
             self.failures.labels(kind=outcome.kind.value).inc()
+
+    def on_job(self, job: Job, outcome: Outcome, elapsed_ms: float) -> None:
+        """Count `job`, which is over after `elapsed_ms`."""
+        kind = job.task.kind.value
+        if isinstance(outcome, Failure):
+            self.jobs.labels(kind=kind, outcome=outcome.kind.value).inc()
+            return
+        self.jobs.labels(kind=kind, outcome="answered").inc()
+        self.job_ms.labels(kind=kind).observe(elapsed_ms)
+        if outcome.guard is not None:
+            self.guards.labels(guard=outcome.guard).inc()
 
     def on_cadence(self, policy: CadencePolicy) -> None:
         """Show what the cadence of partials is now, and why."""

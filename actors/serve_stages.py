@@ -21,10 +21,13 @@ from ray.serve.handle import DeploymentHandle
 
 from actors.cost_model import CostModel
 from actors.dispatch import DispatchParams
+from actors.job_queue import JobParams
 from actors.metrics import Metrics
 from actors.stage_driver import StageDriver, stages_info
+from actors.stages import EyesInfo
+from actors.transport import frame_sets_of, sounds_of
 from pipeline.errors import ServiceError, StageUnavailable
-from pipeline.items import DecodeRequest, Outcome, Snapshot
+from pipeline.items import DecodeRequest, Job, Outcome, Snapshot
 from pipeline.stream_params import SnapshotParams
 
 logger = logging.getLogger(__name__)
@@ -33,13 +36,17 @@ ENCODER_APP = "surtitle-audio-encoder"
 ENCODER = "AudioEncoder"
 DECODER_APP = "surtitle-decoder"
 DECODER = "Decoder"
+EYES_APP = "surtitle-vision-encoder"
+EYES = "VisionEncoder"
 
 _LANE_TIMEOUT_S = 2.0
 _START_TIMEOUT_S = 10.0
+_JOB_START_TIMEOUT_S = 30.0
+"""How long jobs may wait for an encoder that works on others, or is being replaced."""
 
 
 class ServeStages(StageDriver):
-    """Encoder and decoder deployments. Made by `open`."""
+    """Encoder and decoder deployments, and one for pictures where the tier has eyes. Made by `open`."""
 
     @classmethod
     async def open(
@@ -50,6 +57,7 @@ class ServeStages(StageDriver):
         num_encoder_replicas: int,
         start_timeout_s: float,
         snapshots: SnapshotParams | None = None,
+        jobs: JobParams | None = None,
     ) -> ServeStages:
         """Connect to the deployments, wait for a replica of each, and start. `snapshots` bounds the cadence.
 
@@ -58,17 +66,24 @@ class ServeStages(StageDriver):
         """
         encoder = get_deployment_handle(ENCODER, ENCODER_APP)
         decoder = get_deployment_handle(DECODER, DECODER_APP)
+        eyes: DeploymentHandle[Any] | None = None
+        eyes_info: EyesInfo | None = None
         try:
             async with asyncio.timeout(start_timeout_s):
                 encoder_info, decoder_info = await asyncio.gather(_info_of(encoder), _info_of(decoder))
+                # `actors.app` deploys eyes for this tier.
+                if decoder_info.tier == "phi4":
+                    eyes = get_deployment_handle(EYES, EYES_APP)
+                    eyes_info = (await _info_of(eyes)).eyes
         except TimeoutError as exc:
             raise ServiceError(f"the stages did not start within {start_timeout_s:.0f} s") from exc
         except (RayError, RayServeException) as exc:
             raise ServiceError(f"the stages did not start: {_first_line(exc)}") from exc
         max_calls = dispatch.max_calls_per_replica * num_encoder_replicas
-        transport = ServeTransport(encoder, decoder, max_calls)
+        transport = ServeTransport(encoder, decoder, max_calls, eyes)
         cost = CostModel(encoder_info.cost.estimate_ms, encoder_info.num_side_by_side)
-        stages = cls(transport, stages_info(encoder_info, decoder_info), dispatch, cost, metrics, snapshots=snapshots)
+        info = stages_info(encoder_info, decoder_info, eyes_info)
+        stages = cls(transport, info, dispatch, cost, metrics, snapshots=snapshots, jobs=jobs)
         stages.start()
         return stages
 
@@ -76,10 +91,17 @@ class ServeStages(StageDriver):
 class ServeTransport:
     """Places on encoder replicas, chosen by Serve's router among those with room."""
 
-    def __init__(self, encoder: DeploymentHandle[Any], decoder: DeploymentHandle[Any], max_calls: int) -> None:
+    def __init__(
+        self,
+        encoder: DeploymentHandle[Any],
+        decoder: DeploymentHandle[Any],
+        max_calls: int,
+        eyes: DeploymentHandle[Any] | None = None,
+    ) -> None:
         self.max_calls = max_calls
-        self._handles: tuple[DeploymentHandle[Any], ...] = (encoder, decoder)
+        self._handles = tuple(handle for handle in (encoder, decoder, eyes) if handle is not None)
         self._encode = encoder.options(method_name="encode")
+        self._look = None if eyes is None else eyes.options(method_name="encode")
         self._decode = decoder.options(method_name="decode", stream=True)
 
     @asynccontextmanager
@@ -98,6 +120,25 @@ class ServeTransport:
             except (RayError, RayServeException) as exc:
                 raise StageUnavailable(f"no audio encoder answers: {_first_line(exc)}") from exc
             yield ServeLane(self._encode, self._decode, selection)
+
+    async def start_jobs(self, jobs: list[Job], requests: list[DecodeRequest]) -> ServeCall:
+        """Send the frames and the sound of `jobs` to encoders, and their answers, once they exist, on to a decoder.
+
+        Raises:
+            StageUnavailable: if there are frames and no eyes, or no replica takes them within half a minute.
+        """
+        sounds, frame_sets = sounds_of(jobs), frame_sets_of(jobs)
+        if frame_sets and self._look is None:
+            raise StageUnavailable("this tier has no vision encoder")
+        sending = []
+        if sounds:
+            sending.append(_ref_of(self._encode.remote(sounds), "audio encoder", _JOB_START_TIMEOUT_S))
+        if frame_sets and self._look is not None:
+            sending.append(_ref_of(self._look.remote(frame_sets), "vision encoder", _JOB_START_TIMEOUT_S))
+        refs = await asyncio.gather(*sending)
+        encoded = refs[0] if sounds else [None] * len(jobs)
+        pictures = refs[-1] if frame_sets else None
+        return ServeCall(refs, self._decode.remote(encoded, requests, pictures))
 
     async def aclose(self) -> None:
         """End the routers. Idempotent."""
@@ -121,28 +162,24 @@ class ServeLane:
         Raises:
             StageUnavailable: if the replica is gone.
         """
-        response: Any = self._encode.dispatch(self._selection, snapshots)
-        try:
-            # The reference exists as soon as the call is on its way; the router wants to be waited for until then.
-            encoded = await asyncio.wait_for(response._to_object_ref(), _START_TIMEOUT_S)
-        except (TimeoutError, RayError, RayServeException) as exc:
-            raise StageUnavailable(f"the audio encoder was not reached: {_first_line(exc)}") from exc
-        outcomes = self._decode.remote(encoded, requests)
-        return ServeCall(encoded, outcomes)
+        response = self._encode.dispatch(self._selection, snapshots)
+        encoded = await _ref_of(response, "audio encoder", _START_TIMEOUT_S)
+        return ServeCall([encoded], self._decode.remote(encoded, requests))
 
 
 class ServeCall:
-    """One call through an encoder and a decoder replica."""
+    """One call through encoder replicas and a decoder replica. `encoded` are references to what the encoders give."""
 
-    def __init__(self, encoded: Any, outcomes: Any) -> None:
+    def __init__(self, encoded: list[Any], outcomes: Any) -> None:
         self._encoded = encoded
         self._outcomes = outcomes
         self._has_ended = False
 
     async def wait_encoded(self) -> None:
-        """Return when the encoder is done with this call."""
-        with contextlib.suppress(RayError, RayServeException):
-            await self._encoded
+        """Return when the encoders are done with this call."""
+        for encoded in self._encoded:
+            with contextlib.suppress(RayError, RayServeException):
+                await encoded
 
     async def outcomes(self) -> AsyncGenerator[Outcome, None]:
         """Yield the outcomes as they come.
@@ -162,6 +199,19 @@ class ServeCall:
         if not self._has_ended:
             self._has_ended = True
             self._outcomes.cancel()
+
+
+async def _ref_of(response: Any, stage: str, timeout_s: float) -> Any:
+    """Return the reference to the answer of an encoder, which need not exist yet.
+
+    Raises:
+        StageUnavailable: if no replica took the call.
+    """
+    try:
+        # The reference exists as soon as the call is on its way; the router wants to be waited for until then.
+        return await asyncio.wait_for(response._to_object_ref(), timeout_s)
+    except (TimeoutError, RayError, RayServeException) as exc:
+        raise StageUnavailable(f"the {stage} was not reached: {_first_line(exc)}") from exc
 
 
 async def _info_of(handle: DeploymentHandle[Any]) -> Any:

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from actors.app import Progress, RayApp
 from actors.gateway import Gateway, GatewayInfo
 from actors.listener import listen
+from actors.questions import Answer, AskSpec, SummariseSpec
 from actors.settings import Settings
 from actors.spec import StreamSpec, StreamStatus
 from actors.store import Store
@@ -49,6 +50,14 @@ class GatewayClient(Protocol):
         """Return the streams that run, and those that ended lately."""
         ...
 
+    async def answer(self, spec: AskSpec) -> Answer:
+        """Answer a question about pictures, sound, or what a live stream shows now."""
+        ...
+
+    async def summarise(self, spec: SummariseSpec) -> Answer:
+        """Summarise a text, or the speech of a media file."""
+        ...
+
     async def drain(self) -> None:
         """End every stream with its last finals and admit nothing more."""
         ...
@@ -67,9 +76,7 @@ class RemoteGateway:
 
     async def start_stream(self, spec: StreamSpec) -> str:
         """Start captioning a source and return the stream's id."""
-        if "://" not in spec.source:
-            # The actor's working directory is another one. (This only joins texts: no I/O.)
-            spec = spec.model_copy(update={"source": os.path.abspath(spec.source)})  # noqa: ASYNC240, PTH100
+        spec = spec.model_copy(update={"source": _absolute(spec.source)})
         stream_id: str = await self._call("start_stream", spec)
         return stream_id
 
@@ -93,6 +100,21 @@ class RemoteGateway:
         statuses: list[StreamStatus] = await self._call("list_streams")
         return statuses
 
+    async def answer(self, spec: AskSpec) -> Answer:
+        """Answer a question about pictures, sound, or what a live stream shows now."""
+        paths = {
+            "sound": None if spec.sound is None else _absolute(spec.sound),
+            "pictures": tuple(map(_absolute, spec.pictures)),
+        }
+        answer: Answer = await self._call("answer", spec.model_copy(update=paths))
+        return answer
+
+    async def summarise(self, spec: SummariseSpec) -> Answer:
+        """Summarise a text, or the speech of a media file."""
+        source = None if spec.source is None else _absolute(spec.source)
+        answer: Answer = await self._call("summarise", spec.model_copy(update={"source": source}))
+        return answer
+
     async def drain(self) -> None:
         """End every stream with its last finals and admit nothing more."""
         await self._call("drain")
@@ -110,6 +132,11 @@ class RemoteGateway:
             raise exc.cause from None
         except RayActorError as exc:
             raise ServiceError("the gateway died: see the logs of the service") from exc
+
+
+def _absolute(source: str) -> str:
+    """Return `source` for a process with another working directory."""
+    return source if "://" in source else os.path.abspath(source)  # noqa: PTH100 - joins texts, without I/O
 
 
 @asynccontextmanager

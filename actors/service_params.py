@@ -40,6 +40,9 @@ class RayParams(Params):
         default=None, description="where an own cluster keeps sockets and logs (short path); none: a new one in /tmp"
     )
     num_encoder_replicas: int = Field(default=1, ge=1, le=1_024, description="AudioEncoder replicas")
+    num_vision_replicas: int = Field(
+        default=1, ge=1, le=1_024, description="VisionEncoder replicas, where the tier has eyes"
+    )
     num_decoder_replicas: int = Field(default=1, ge=1, le=1_024, description="Decoder replicas")
     num_gpus_per_replica: float = Field(default=0.0, ge=0, le=8, description="GPUs (or a share of one) of each replica")
     health_check_period_s: float = Field(

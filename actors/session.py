@@ -1,6 +1,7 @@
 """A session: the live object that owns one stream, between its source, the stages and Redis.
 
-It drives a `pipeline.stream.Stream`: hears the source, hands snapshots to the stages, publishes what comes of them.
+It drives a `pipeline.stream.Stream`: hears and sees the source, hands snapshots and jobs to the stages, publishes what
+comes of them.
 All of it runs on one event loop; nothing here computes for longer than a millisecond.
 """
 
@@ -14,15 +15,16 @@ from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any, Protocol, cast
 
+from actors.door import check_stream
 from actors.publisher import Publisher, StreamWriter
-from actors.stages import Stages, StagesInfo
-from ingest.source import Source, SourceGap, SourceItem
+from actors.stages import Stages
+from ingest.source import Source, SourceGap, SourceItem, VideoFrame
 from pipeline.audio.samples_to_chunks import by_chunk_index
-from pipeline.errors import ConfigError, MediaError
-from pipeline.items import Outcome, Snapshot
+from pipeline.errors import MediaError
+from pipeline.items import Frame, Job, Outcome, Snapshot
 from pipeline.records import BaseRecord
 from pipeline.stream import StartPoint, Stream
-from pipeline.stream_params import AUTO, StreamParams
+from pipeline.stream_params import StreamParams
 from pipeline.text.hypotheses_to_records import Tier
 from pipeline.timebase import CHUNK_SAMPLES, ms_to_samples
 
@@ -93,6 +95,13 @@ class Session:
         self._stream: Stream | None = None
         self._writer: StreamWriter | None = None
         self._tasks: asyncio.TaskGroup | None = None
+        self._num_jobs = 0
+        self._last_frame: Frame | None = None
+
+    @property
+    def last_frame(self) -> Frame | None:
+        """What the stream showed last, for questions about it; None: nothing yet, or its video is not looked at."""
+        return self._last_frame
 
     async def open(self) -> None:
         """Open the source and claim the stream; after this the first sound may come.
@@ -102,7 +111,7 @@ class Session:
             MediaError: if the source cannot be read. Nothing was published then.
             StoreError: if Redis refuses.
         """
-        check_languages(self._params, self._stages.info)
+        check_stream(self._params, self._stages.info)
         try:
             await self._exits.enter_async_context(self._source)
             tier = cast(Tier, self._stages.info.tier)
@@ -187,6 +196,9 @@ class Session:
             await asyncio.gather(*waiting, return_exceptions=True)
 
     async def _hear(self, stream: Stream, item: SourceItem) -> None:
+        if isinstance(item, VideoFrame):
+            await self._see(stream, Frame(item.start_sample, item.pixels))
+            return
         if isinstance(item, SourceGap):
             heard = stream.chunker.push_gap(item.num_samples, item.reason)
         else:
@@ -197,8 +209,15 @@ class Session:
             self._submit_due(stream)
             await self._publish(stream)
             if self._scheduling is Scheduling.BY_SAMPLE:
-                await self._until(lambda: not stream.has_partial_in_flight)
+                await self._until(lambda: not stream.has_partial_in_flight and not self._num_jobs)
             await self._until(lambda: stream.num_unfinished_finals <= MAX_UNFINISHED_FINALS)
+
+    async def _see(self, stream: Stream, frame: Frame) -> None:
+        self._last_frame = frame
+        stream.push_frame(frame)
+        self._submit_due(stream)
+        if self._scheduling is Scheduling.BY_SAMPLE:
+            await self._until(lambda: not self._num_jobs)
 
     async def _close(self, stream: Stream) -> None:
         if self.failure is None:
@@ -210,7 +229,7 @@ class Session:
         await self._until(lambda: stream.has_ended)
         await self._publish(stream)
 
-    # -- snapshots and records --------------------------------------------------------------------
+    # -- snapshots, jobs and records --------------------------------------------------------------
 
     def _submit_due(self, stream: Stream) -> None:
         tasks = self._tasks
@@ -223,17 +242,28 @@ class Session:
             if self._observer is not None:
                 self._observer.on_snapshot(snapshot)
             tasks.create_task(self._serve(stream, snapshot), name=f"snapshot-{snapshot.key.utterance}")
+        for job in stream.take_jobs():
+            self._num_jobs += 1
+            tasks.create_task(self._serve_job(stream, job), name=f"{job.key.kind}-{job.key.number}")
 
     async def _serve(self, stream: Stream, snapshot: Snapshot) -> None:
         async with aclosing(self._stages.submit(snapshot)) as outcomes:
             async for outcome in outcomes:
-                stream.accept(outcome)
                 if self._observer is not None:
                     self._observer.on_outcome(snapshot, outcome)
-                self._submit_due(stream)
-                await self._publish(stream)
-                async with self._progress:
-                    self._progress.notify_all()
+                await self._take_in(stream, outcome)
+
+    async def _serve_job(self, stream: Stream, job: Job) -> None:
+        outcome = await self._stages.submit_job(job)
+        self._num_jobs -= 1
+        await self._take_in(stream, outcome)
+
+    async def _take_in(self, stream: Stream, outcome: Outcome) -> None:
+        stream.accept(outcome)
+        self._submit_due(stream)
+        await self._publish(stream)
+        async with self._progress:
+            self._progress.notify_all()
 
     async def _publish(self, stream: Stream) -> None:
         """Publish what the stream has made, in order; waits while Redis is behind."""
@@ -254,27 +284,6 @@ class Session:
         if self._stream is None or self._writer is None:
             raise RuntimeError("call open() first")
         return self._stream, self._writer
-
-
-def check_languages(params: StreamParams, info: StagesInfo) -> None:
-    """Refuse languages that the models do not know, before anything is published.
-
-    Raises:
-        ConfigError: naming the language and what is possible.
-    """
-    captions = params.captions
-    asked = [*captions.languages, *([] if captions.language == AUTO else [captions.language])]
-    for language in asked:
-        if language not in info.languages:
-            raise ConfigError(
-                f"language {language!r} is not one that {info.model} transcribes; "
-                f"use auto or one of: {', '.join(info.languages)}"
-            )
-    for language in captions.translate_to:
-        if language not in info.translates_to:
-            raise ConfigError(
-                f"{info.model} does not translate to {language!r}; it translates to: {', '.join(info.translates_to)}"
-            )
 
 
 def _ceil_to_grid(sample: int) -> int:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from pydantic import Field, SecretStr, ValidationError
 
 from actors.dispatch import DispatchParams
+from actors.job_queue import JobParams
 from actors.service_params import RayParams, ServiceParams
 from actors.settings_layers import (
     CONFIG_VARIABLE,
@@ -36,6 +37,7 @@ from pipeline.params import Params
 from pipeline.stream_params import CaptionParams, SnapshotParams, StreamParams
 from pipeline.text.skipped_speech import SkippedSpeechParams
 from pipeline.text.transcripts_to_summaries import SummaryParams
+from pipeline.vision.params import SceneParams, VisionParams
 
 DEFAULT_CONFIG = "edge"
 
@@ -53,9 +55,12 @@ class Settings(Params):
     captions: CaptionParams = CaptionParams()
     skipped_speech: SkippedSpeechParams = SkippedSpeechParams()
     summary: SummaryParams | None = Field(default=None, description="null: no summaries")
+    scenes: SceneParams | None = Field(default=None, description="null: pictures are not looked at")
     encoder: EncoderParams = EncoderParams()
+    vision: VisionParams = VisionParams()
     decoder: DecoderParams = DecoderParams()
     dispatch: DispatchParams = DispatchParams()
+    jobs: JobParams = JobParams()
     redis: RedisParams = RedisParams()
     service: ServiceParams = ServiceParams()
     ray: RayParams = RayParams()
@@ -68,6 +73,7 @@ class Settings(Params):
             captions=self.captions,
             skipped_speech=self.skipped_speech,
             summary=self.summary,
+            scenes=self.scenes,
         )
 
 

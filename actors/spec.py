@@ -13,6 +13,7 @@ from pydantic import Field, StringConstraints
 from pipeline.params import Params
 from pipeline.stream_params import StreamParams
 from pipeline.text.transcripts_to_summaries import SummaryParams
+from pipeline.vision.params import SceneParams
 
 Language = Annotated[str, StringConstraints(pattern=r"^[A-Za-z]{2,3}(-[A-Za-z0-9]{2,8})*$")]
 
@@ -41,6 +42,9 @@ class StreamSpec(Params):
     summary_minutes: float | None = Field(
         default=None, ge=0, le=1_440, description="media time between two summaries, in minutes; 0: no summaries"
     )
+    has_scenes: bool | None = Field(
+        default=None, description="look at the video and say what it shows when that changes (tier phi4)"
+    )
     has_partials: bool | None = Field(default=None, description="publish revisable partials")
     channels: Literal["mix", "split"] | None = Field(
         default=None, description="mix: one channel of utterances for all; split: each channel has its own"
@@ -68,6 +72,8 @@ class StreamSpec(Params):
             values["summary"] = (
                 summary.model_dump() | {"every_minutes": self.summary_minutes} if self.summary_minutes else None
             )
+        if self.has_scenes is not None:
+            values["scenes"] = (configured.scenes or SceneParams()).model_dump() if self.has_scenes else None
         return StreamParams.model_validate(values)
 
 

@@ -1,7 +1,8 @@
 """Carries snapshots through the stages: what both implementations of `Stages` share.
 
 It owns the dispatch queue, keeps calls in flight, hands every outcome to whoever submitted the snapshot, and submits
-again what was lost. How a call reaches the models is the transport's affair (`actors/transport.py`).
+again what was lost. How a call reaches the models is the transport's affair (`actors/transport.py`). Jobs go their own
+way beside it (`actors/job_driver.py`).
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ from actors.cadence import CadencePolicy
 from actors.cost_model import CostModel
 from actors.decoder import DecoderInfo
 from actors.dispatch import DispatchParams, DispatchQueue
+from actors.job_driver import JobDriver
+from actors.job_queue import JobParams
 from actors.load_meter import LoadMeter
 from actors.metrics import Metrics
-from actors.stages import StagesInfo
+from actors.stages import EyesInfo, StagesInfo
 from actors.transport import StageCall, Transport
 from pipeline.errors import StageUnavailable
 from pipeline.items import DecodeRequest, Failure, FailureKind, Job, Outcome, RequestKey, Snapshot
@@ -45,6 +48,7 @@ class StageDriver:
         metrics: Metrics,
         *,
         snapshots: SnapshotParams | None = None,
+        jobs: JobParams | None = None,
     ) -> None:
         """`snapshots` holds the bounds of the cadence."""
         bounds = snapshots or SnapshotParams()
@@ -54,6 +58,7 @@ class StageDriver:
         self._cost = cost
         self._metrics = metrics
         self._queue = DispatchQueue(params, cost.predict_ms)
+        self._jobs = JobDriver(transport, jobs or JobParams(), metrics)
         self._mailboxes: dict[RequestKey, asyncio.Queue[Outcome]] = {}
         self._submitted_ms: dict[RequestKey, float] = {}
         self._wakeup = asyncio.Event()
@@ -83,13 +88,14 @@ class StageDriver:
 
     @property
     def num_in_flight(self) -> int:
-        """Snapshots that are with the models."""
-        return self._queue.num_in_flight
+        """Snapshots and jobs that are with the models."""
+        return self._queue.num_in_flight + self._jobs.num_in_flight
 
     def start(self) -> None:
         """Start sending. Call once, on the event loop that will submit."""
         self._sender = asyncio.create_task(self._send_forever(), name="stage-sender")
         self._adapter = asyncio.create_task(self._adapt_forever(), name="stage-cadence")
+        self._jobs.start()
 
     async def submit(self, snapshot: Snapshot) -> AsyncGenerator[Outcome, None]:
         """Yield one outcome for each task of `snapshot` (see `Stages.submit`)."""
@@ -126,7 +132,10 @@ class StageDriver:
 
     async def submit_job(self, job: Job) -> Outcome:
         """Return what came of `job` (see `Stages.submit_job`)."""
-        raise NotImplementedError
+        if job.task.kind not in self._info.tasks:
+            message = f"{self._info.model} cannot {job.task.kind.value}"
+            return Failure(job.key, job.task, FailureKind.FAILED, message)
+        return await self._jobs.submit(job)
 
     def withdraw(self, key: RequestKey) -> None:
         """Fail `key` as superseded (see `Stages.withdraw`)."""
@@ -144,7 +153,7 @@ class StageDriver:
         tasks = [*self._calls, *(task for task in (self._sender, self._adapter) if task is not None)]
         for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, self._jobs.aclose(), return_exceptions=True)
         await self._tell_room()
         for key in list(self._mailboxes):
             self._deliver(Failure(key, None, FailureKind.UNAVAILABLE, "the stages were closed"))
@@ -364,8 +373,8 @@ class StageDriver:
                 self._metrics.queue_wait_ms.observe(now_ms - submitted_ms)
 
 
-def stages_info(encoder: EncoderInfo, decoder: DecoderInfo) -> StagesInfo:
-    """Return what the two stages are together.
+def stages_info(encoder: EncoderInfo, decoder: DecoderInfo, eyes: EyesInfo | None = None) -> StagesInfo:
+    """Return what the stages are together.
 
     Each measures for itself which arithmetic partials get, so they may differ.
     """
@@ -378,6 +387,8 @@ def stages_info(encoder: EncoderInfo, decoder: DecoderInfo) -> StagesInfo:
         arithmetic=encoder_dtypes if is_same else f"encoder: {encoder_dtypes}; decoder: {decoder_dtypes}",
         languages=decoder.languages,
         translates_to=decoder.translates_to,
+        tasks=decoder.tasks,
+        eyes=eyes,
     )
 
 

@@ -6,14 +6,14 @@ from collections.abc import AsyncGenerator
 from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 
-from pipeline.items import DecodeRequest, Outcome, Snapshot
+from pipeline.items import DecodeRequest, FrameSet, Job, Outcome, Snapshot
 
 
 class StageCall(Protocol):
-    """One call: some snapshots on their way through encoder and decoder."""
+    """One call: some snapshots, or jobs, on their way through the encoders and the decoder."""
 
     async def wait_encoded(self) -> None:
-        """Return when the encoder is done with this call. Never raises: `outcomes` tells what went wrong."""
+        """Return when the encoders are done with this call. Never raises: `outcomes` tells what went wrong."""
         ...
 
     def outcomes(self) -> AsyncGenerator[Outcome, None]:
@@ -41,8 +41,22 @@ class Lane(Protocol):
         ...
 
 
-class Transport(Protocol):
-    """How calls reach the models."""
+class JobTransport(Protocol):
+    """How jobs reach the models."""
+
+    async def start_jobs(self, jobs: list[Job], requests: list[DecodeRequest]) -> StageCall:
+        """Send the frames and the sound of `jobs` to the encoders and, with what these make of them, `requests` on.
+
+        All of `jobs` have the same needs: with one all have frames, with one all have sound.
+
+        Raises:
+            StageUnavailable: if they did not reach a stage.
+        """
+        ...
+
+
+class Transport(JobTransport, Protocol):
+    """How snapshots and jobs reach the models."""
 
     @property
     def max_calls(self) -> int:
@@ -60,3 +74,13 @@ class Transport(Protocol):
     async def aclose(self) -> None:
         """Release threads and handles. Idempotent."""
         ...
+
+
+def sounds_of(jobs: list[Job]) -> list[Snapshot]:
+    """Return the sound of `jobs`, which have the same needs, as the audio encoder takes it; empty: they have none."""
+    return [snapshot for job in jobs if (snapshot := job.snapshot) is not None]
+
+
+def frame_sets_of(jobs: list[Job]) -> list[FrameSet]:
+    """Return the frames of `jobs`, which have the same needs, for the vision encoder; empty: they have none."""
+    return [FrameSet(job.key, job.frames) for job in jobs if job.frames]

@@ -12,6 +12,7 @@ from typer.core import TyperCommand
 from actors.cli.options import (
     ConfigOption,
     FormatOption,
+    ModelOption,
     OutputOption,
     RuntimeOption,
     SetOption,
@@ -20,6 +21,8 @@ from actors.cli.options import (
 )
 
 DEFAULT_SUMMARY_MINUTES = "5"
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 app = typer.Typer(
     name="surtitle",
@@ -79,6 +82,11 @@ def caption(
             "--summary", metavar="[MINUTES]", min=0, max=1_440, help="Summarise every MINUTES (5), and at the end."
         ),
     ] = None,
+    has_scenes: Annotated[
+        bool | None,
+        typer.Option("--scenes/--no-scenes", help="Say what the video shows when that changes (tier phi4)."),
+    ] = None,
+    model: ModelOption = None,
     runtime: RuntimeOption = None,
     output_format: FormatOption = None,
     output: OutputOption = None,
@@ -101,16 +109,65 @@ def caption(
         language=language,
         translate_to=tuple(translate) if translate else None,
         summary_minutes=summary,
+        has_scenes=has_scenes,
     )
-    raise typer.Exit(caption_source(load(config, sets, runtime).settings, spec, shown, output))
+    raise typer.Exit(caption_source(load(config, sets, runtime, model).settings, spec, shown, output))
 
 
 @app.command()
-def serve(runtime: RuntimeOption = None, config: ConfigOption = None, sets: SetOption = None) -> None:
+def serve(
+    model: ModelOption = None, runtime: RuntimeOption = None, config: ConfigOption = None, sets: SetOption = None
+) -> None:
     """Run the service until it is told to stop: models loaded, HTTP API open."""
     from actors.cli.service import serve_forever  # noqa: PLC0415
 
-    serve_forever(load(config, sets, runtime).settings)
+    serve_forever(load(config, sets, runtime, model).settings)
+
+
+@app.command()
+def ask(
+    question: Annotated[
+        str, typer.Argument(metavar="[QUESTION]", help="What is asked. Without it, --sound holds the spoken question.")
+    ] = "",
+    *,
+    pictures: Annotated[
+        list[str] | None,
+        typer.Option("--picture", metavar="FILE", help="A picture that it is about. May be repeated, four at most."),
+    ] = None,
+    sound: Annotated[
+        str | None, typer.Option("--sound", metavar="FILE", help="Sound that it is about, or that asks it; a minute.")
+    ] = None,
+    is_json: JsonOption = False,
+    model: ModelOption = None,
+    runtime: RuntimeOption = None,
+    config: ConfigOption = None,
+    sets: SetOption = None,
+) -> None:
+    """Answer a question about pictures or sound (tier phi4)."""
+    from actors.cli.ask import ask_question  # noqa: PLC0415
+
+    settings = load(config, sets, runtime, model).settings
+    raise typer.Exit(ask_question(settings, question, tuple(pictures or ()), sound, is_json=is_json))
+
+
+@app.command()
+def summarise(
+    source: Annotated[str | None, typer.Argument(metavar="[SOURCE]", help="A file with speech.")] = None,
+    *,
+    text: Annotated[Path | None, typer.Option("--text", metavar="FILE", help="A text file, instead of SOURCE.")] = None,
+    is_json: JsonOption = False,
+    model: ModelOption = None,
+    runtime: RuntimeOption = None,
+    config: ConfigOption = None,
+    sets: SetOption = None,
+) -> None:
+    """Summarise the speech of a file, or a text (tier phi4)."""
+    from actors.cli.ask import summarise as summarise_source  # noqa: PLC0415
+
+    if (source is None) == (text is None):
+        raise typer.BadParameter("give either SOURCE or --text FILE")
+    settings = load(config, sets, runtime, model).settings
+    raise typer.Exit(summarise_source(settings, source, text, is_json=is_json))
 
 
 @app.command()
@@ -235,13 +292,14 @@ def bench_accuracy(
         bool, typer.Option("--given-language", help="Tell both paths the language instead of letting them detect it.")
     ] = False,
     is_json: Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")] = False,
+    model: ModelOption = None,
     config: ConfigOption = None,
     sets: SetOption = None,
 ) -> None:
     """Word error rate of the live path, and of the same weights on whole recordings."""
     from actors.cli.benches import accuracy  # noqa: PLC0415
 
-    accuracy(load(config, sets).settings, media, is_given=is_given, is_json=is_json)
+    accuracy(load(config, sets, model=model).settings, media, is_given=is_given, is_json=is_json)
 
 
 from actors.cli import bench_decoder as _bench_decoder  # noqa: E402, F401 - registers its command on bench_app

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from actors.cli.app import bench_app
-from actors.cli.options import ConfigOption, RuntimeOption, SetOption, load
+from actors.cli.options import ConfigOption, ModelOption, RuntimeOption, SetOption, load
 
 MediaOption = Annotated[
     Path,
@@ -57,6 +57,7 @@ def bench_live(
     ] = None,
     plot: PlotOption = None,
     is_json: JsonOption = False,
+    model: ModelOption = None,
     runtime: RuntimeOption = None,
     config: ConfigOption = None,
     sets: SetOption = None,
@@ -72,7 +73,7 @@ def bench_live(
     ):
         if value is not None and goes_with_sweep is not is_sweep:
             raise typer.BadParameter(f"{name} {'needs' if goes_with_sweep else 'does not go with'} --sweep")
-    settings = load(config, sets, runtime).settings
+    settings = load(config, sets, runtime, model).settings
     if is_sweep:
         sweep(settings, media, seconds, language, max_streams=max_streams, plot=plot, is_json=is_json)
     else:
@@ -88,6 +89,7 @@ def bench_memory(
     ] = 30.0,
     language: LanguageOption = "en",
     is_json: JsonOption = False,
+    model: ModelOption = None,
     runtime: RuntimeOption = None,
     config: ConfigOption = None,
     sets: SetOption = None,
@@ -95,5 +97,5 @@ def bench_memory(
     """Memory of the whole service over one long stream, fed fast. Exit 1 if it grew by more than 5 %."""
     from actors.cli.benches import memory  # noqa: PLC0415 - commands import what they need
 
-    is_flat = memory(load(config, sets, runtime).settings, media, minutes, language, is_json=is_json)
+    is_flat = memory(load(config, sets, runtime, model).settings, media, minutes, language, is_json=is_json)
     raise typer.Exit(0 if is_flat else 1)

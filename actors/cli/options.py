@@ -38,6 +38,12 @@ RuntimeOption = Annotated[
 ]
 
 
+ModelOption = Annotated[
+    str | None,
+    typer.Option("--model", metavar="NAME|DIR", help="A known model, a directory or a hub id, for model.name."),
+]
+
+
 class OutputFormat(StrEnum):
     """How records are shown."""
 
@@ -54,8 +60,12 @@ FormatOption = Annotated[
 ]
 
 
-def load(config: str | None, sets: Sequence[str] | None, runtime: Runtime | None = None) -> LoadedSettings:
+def load(
+    config: str | None, sets: Sequence[str] | None, runtime: Runtime | None = None, model: str | None = None
+) -> LoadedSettings:
     """Return the settings of these options.
+
+    A model's directory becomes absolute: the processes of a cluster have a working directory of their own.
 
     Raises:
         ConfigError: if a value is unknown or impossible.
@@ -66,6 +76,10 @@ def load(config: str | None, sets: Sequence[str] | None, runtime: Runtime | None
     overrides = [parse_set_flag(text) for text in sets or ()]
     if runtime is not None:
         overrides.append(Override("runtime", runtime.value, "flag --runtime"))
+    if model is not None:
+        directory = Path(model).expanduser()
+        name = str(directory.absolute()) if directory.is_dir() else model
+        overrides.append(Override("model.name", name, "flag --model"))
     return load_settings(config, overrides)
 
 

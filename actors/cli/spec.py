@@ -31,15 +31,9 @@ def make_spec(**values: Any) -> StreamSpec:
 
     Raises:
         typer.BadParameter: naming the flag, if a value has not the right form.
-        SourceNotFound: if a path leads nowhere; told here, before any model is loaded.
+        SourceNotFound, MediaError: as `check_path`.
     """
-    if "://" not in values["source"]:
-        path = Path(values["source"]).expanduser()
-        if not path.exists():
-            raise SourceNotFound(f"{path}: no such file: check the path")
-        if path.is_dir():
-            raise MediaError(f"{path} is a directory: give one media file")
-        values["source"] = str(path.absolute())
+    values["source"] = check_path(values["source"])
     try:
         return StreamSpec(**values)
     except ValidationError as exc:
@@ -47,3 +41,20 @@ def make_spec(**values: Any) -> StreamSpec:
         field = str(details[0]["loc"][0])
         expected = _FORMS.get(field) or details[0]["msg"]
         raise typer.BadParameter(f"{_FLAGS.get(field, field)}: {expected}") from exc
+
+
+def check_path(source: str) -> str:
+    """Return the path of a media file as an absolute one, since a gateway has a directory of its own; a URL as it is.
+
+    Raises:
+        SourceNotFound: if it leads nowhere; told here, before any model is loaded.
+        MediaError: if it is a directory.
+    """
+    if "://" in source:
+        return source
+    path = Path(source).expanduser()
+    if not path.exists():
+        raise SourceNotFound(f"{path}: no such file: check the path")
+    if path.is_dir():
+        raise MediaError(f"{path} is a directory: give one media file")
+    return str(path.absolute())
