@@ -1,11 +1,11 @@
-"""Write requirements.lock: every library but torch and two that need it, transitively, with the hashes that PyPI publishes.
+"""Write requirements.lock: nearly every library, transitively, with the hashes that PyPI publishes.
 
     make lock                    # or: python scripts/lock.py, with pip-tools importable
 
-torch is left out on purpose, and so are accelerate and peft, which would bring it in. One version of it exists as different files: PyPI's wheel brings CUDA, the index
-download.pytorch.org/whl/cpu and the wheel folders of some machines hold a CPU one, so that no single list of hashes
-fits. It is pinned by version in pyproject.toml and installed behind the lock (Makefile); what it needs of plain
-Python is locked here.
+torch is left out on purpose, and so are accelerate and peft, which would bring it in. One version of it exists as
+different files: PyPI's wheel brings CUDA, the index download.pytorch.org/whl/cpu and the wheel folders of some machines
+hold a CPU one, so that no single list of hashes fits. They are pinned by version in pyproject.toml and installed behind
+the lock (Makefile); what they need of plain Python is locked here.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from transformers import Phi4MultimodalForCausalLM
 from transformers.models.phi4_multimodal.modeling_phi4_multimodal import Phi4MultimodalAudioModel
 
 from pipeline.errors import ModelError, StageError
-from pipeline.models.phi4.checkpoint import load_adapter, load_config, load_part
+from pipeline.models.phi4.checkpoint import load_adapter, load_config, load_decoder, load_part
 from pipeline.models.phi4.config import Phi4Config
 from pipeline.models.phi4.conformer import AudioProjection, ConformerEncoder, Projector, num_tokens
 from pipeline.models.phi4.crops import cut_crops
@@ -59,10 +59,7 @@ def released(folder: Path) -> Phi4MultimodalForCausalLM:
 
 @pytest.fixture(scope="module")
 def conformer(folder: Path, config: Phi4Config) -> ConformerEncoder:
-    tensors = load_part(folder, "audio")
-    return ConformerEncoder(
-        config.audio, {name.removeprefix("encoder."): tensor for name, tensor in tensors.items() if "encoder." in name}
-    )
+    return ConformerEncoder(config.audio, load_part(folder, "audio"))
 
 
 def load_reference(folder: Path) -> Phi4MultimodalForCausalLM:
@@ -84,7 +81,7 @@ def text(num_tokens: int, seed: int = 0) -> list[int]:
 def make_decoder(folder: Path, config: Phi4Config) -> Phi4Decoder:
     return Phi4Decoder(
         config.decoder,
-        load_part(folder, "decoder"),
+        load_decoder(folder).language,
         {Adapter.SPEECH: load_adapter(folder, "speech")},
         num_slots=2,
         max_tokens=2 * ORIGINAL,
@@ -215,7 +212,7 @@ def test_transformers_gives_sound_without_pictures_the_projector_of_its_neighbou
         sound: dict[str, Tensor] = {"audio_input_features": clip[None], "audio_embed_sizes": torch.tensor([count])}
         alone = embed(released, [heard], **sound)[0, :count]
         beside = embed(released, [heard, seen], **sound, **picture)[0, :count]
-    project = AudioProjection(config, load_part(folder, "audio"))
+    project = AudioProjection(config, load_decoder(folder).audio_projection)
     assert far(project(encoded, Projector.SPEECH), alone) < CLOSE
     assert far(project(encoded, Projector.VISION_SPEECH), beside) < CLOSE
     assert far(beside, alone) > FAR
