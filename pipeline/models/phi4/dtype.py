@@ -1,4 +1,4 @@
-"""In which arithmetic Phi-4-multimodal computes."""
+"""What Phi-4-multimodal is computed in. Its weights are held once, so partials and finals have the same arithmetic."""
 
 from __future__ import annotations
 
@@ -7,23 +7,27 @@ import torch
 from pipeline.errors import ModelError
 from pipeline.models.weights import ModelParams
 
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
 
 def phi4_dtype(model: ModelParams, device: torch.device) -> torch.dtype:
-    """Return the dtype of all its parts: of `final_dtype`, where "auto" is bfloat16 on CUDA and float32 on a CPU.
-
-    Partials have the same one, as weights are held once.
+    """Return what `model.final_dtype` asks for; "auto" is bfloat16 on cuda and float32 elsewhere.
 
     Raises:
-        ModelError: if int8 is asked for, or partials are to be computed in another dtype than finals.
+        ModelError: if that is another arithmetic, or partials are asked for in another than finals.
     """
-    if model.final_dtype == "int8":
-        raise ModelError("model.final_dtype is 'int8', which Phi-4-multimodal has not: use 'auto'")
-    final = model.final_dtype
+    final: str = model.final_dtype
+    partial: str = model.partial_dtype
     if final == "auto":
         final = "bfloat16" if device.type == "cuda" else "float32"
-    if model.partial_dtype not in ("auto", final):
+    if final not in _DTYPES:
         raise ModelError(
-            f"model.partial_dtype is {model.partial_dtype!r} and finals are in {final!r}: Phi-4-multimodal holds its "
-            "weights once, so set model.partial_dtype to 'auto'"
+            f"model.final_dtype is {final!r}, but Phi-4-multimodal is computed in float32 or bfloat16: set it to one "
+            "of these"
         )
-    return torch.float32 if final == "float32" else torch.bfloat16
+    if partial not in ("auto", final):
+        raise ModelError(
+            f"model.partial_dtype is {partial!r} and finals are computed in {final}, but Phi-4-multimodal's weights "
+            "are held once: set partial_dtype to 'auto'"
+        )
+    return _DTYPES[final]
