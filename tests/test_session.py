@@ -348,8 +348,9 @@ SEEING = StreamParams(
 
 def frames_of(seed: int) -> list[Frame]:
     """Two pictures a second for five seconds; they change every second and a half."""
-    generator = np.random.default_rng(seed)
-    pictures = [generator.integers(0, 256, (56, 84, 3)).astype(np.uint8) for _ in range(4)]
+    pictures = np.random.default_rng(seed).integers(0, 40, (4, 56, 84, 3)).astype(np.uint8)
+    for number, (row, column) in enumerate(((0, 0), (28, 42), (0, 42), (28, 0))):
+        pictures[number, row : row + 28, column : column + 42] += 200
     return [Frame(number * SAMPLE_RATE_HZ // 2, pictures[number // 3]) for number in range(10)]
 
 
