@@ -108,7 +108,12 @@ async def test_a_question_about_pictures_is_answered(asked: Questions, stages: K
     assert (answer.tier, answer.language) == ("phi4", "en")
     [job] = stages.jobs
     assert job.key.stream_id.startswith("ask-")
-    assert (job.key.kind, job.task, job.text, job.samples) == (TaskKind.ANSWER, Task(TaskKind.ANSWER), "What is it?", None)
+    assert (job.key.kind, job.task, job.text, job.samples) == (
+        TaskKind.ANSWER,
+        Task(TaskKind.ANSWER),
+        "What is it?",
+        None,
+    )
     first, second = job.frames
     assert np.array_equal(first.pixels, second.pixels)
     assert stages.info.eyes is not None

@@ -416,6 +416,6 @@ async def test_scenes_without_eyes_are_refused_before_anything_is_published(
     sound, local_stages: Stages, publisher: Publisher
 ):
     session = Session("s", SEEING, SampleSource(sound), local_stages, publisher)
-    with pytest.raises(ConfigError, match="tier edge .* has no eyes"):
+    with pytest.raises(ConfigError, match=r"tier edge .* has no eyes"):
         await session.open()
     assert publisher.counters.published == 0
