@@ -115,6 +115,7 @@ class Session:
         try:
             await self._exits.enter_async_context(self._source)
             tier = cast(Tier, self._stages.info.tier)
+            eyes = self._stages.info.eyes
             self._writer = await self._publisher.open_stream(
                 self.stream_id,
                 datetime.now(UTC),
@@ -133,6 +134,7 @@ class Session:
                     start_sample=_ceil_to_grid(ms_to_samples(resume.covered_ms)),
                     is_resumed=resume.is_resumed,
                 ),
+                crop_size=None if eyes is None else eyes.crop_size,
             )
         except BaseException:
             await self._exits.aclose()

@@ -7,6 +7,7 @@ import http.client
 import json
 import socket
 from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from actors.gateway import Gateway
 from actors.settings import Settings
 from actors.store import RedisParams
 from pipeline.errors import ServiceError
+from pipeline.models.phi4.tiny import make_tiny
 from pipeline.models.weights import ModelParams
 from tests.tiny_whisper import save_tiny
 
@@ -66,14 +68,67 @@ def api_settings(model: ModelParams, redis_params: RedisParams) -> Settings:
     return settings.model_copy(update={"service": settings.service.model_copy(update={"port": 0, "max_streams": 1})})
 
 
-@pytest.fixture
-async def client(api_settings: Settings) -> AsyncIterator[Client]:
-    gateway = Gateway(api_settings)
+@asynccontextmanager
+async def serving(settings: Settings) -> AsyncIterator[Client]:
+    gateway = Gateway(settings)
     info = await gateway.start(serves_http=True)
     assert info.http_url is not None
     host, _, port = info.http_url.removeprefix("http://").rpartition(":")
-    yield Client(host, int(port))
-    await gateway.aclose()
+    try:
+        yield Client(host, int(port))
+    finally:
+        await gateway.aclose()
+
+
+@pytest.fixture
+async def client(api_settings: Settings) -> AsyncIterator[Client]:
+    async with serving(api_settings) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def seeing_model(tmp_path_factory: pytest.TempPathFactory) -> ModelParams:
+    name = str(make_tiny(tmp_path_factory.mktemp("tiny-phi4")))
+    return ModelParams(name=name, encoder_threads=1, decoder_threads=1)
+
+
+async def test_questions_are_answered_and_media_summarised(
+    api_settings: Settings, seeing_model: ModelParams, media: Path
+) -> None:
+    video = str(media / "demo.mp4")
+    async with serving(api_settings.model_copy(update={"model": seeing_model})) as client:
+        answer = await client.call("POST", "/v1/answers", {"question": "What is it?", "pictures": [video]})
+        assert answer.status == 200, answer.body
+        assert {name: type(value) for name, value in answer.data.items() if name != "guard"} == {
+            "text": str, "language": str, "tier": str
+        }  # fmt: skip
+        assert answer.data["tier"] == "phi4"
+        for body in ({"source": video}, {"text": "A long story."}):
+            assert (await client.call("POST", "/v1/summaries", body)).status == 200
+        await client.call("POST", "/v1/streams", {"source": video, "stream_id": "hall", "has_scenes": True})
+        async with asyncio.timeout(30):
+            # Another client's only way to tell.
+            while 'surtitle_records_total{kind="scene"}' not in (await client.call("GET", "/metrics")).body:  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+        shown = await client.call("POST", "/v1/streams/hall/answers", {"question": "What is it?"})
+        assert shown.status == 200, shown.body
+        missing = await client.call("POST", "/v1/streams/nobody/answers", {"question": "What is it?"})
+        assert (missing.status, missing.data["kind"]) == (404, "StreamNotFound")
+        for path, body in (
+            ("/v1/answers", {"question": "Why?"}),
+            ("/v1/answers", {"question": "Why?", "pictures": ["no-such.png"]}),
+            ("/v1/answers", {"question": "Why?", "pictures": [video] * 5}),
+            ("/v1/summaries", {}),
+            ("/v1/streams/hall/answers", {}),
+            ("/v1/streams/%20/answers", {"question": "Why?"}),
+        ):
+            assert (await client.call("POST", path, body)).status == 422, (path, body)
+
+
+async def test_a_tier_that_answers_no_questions_says_so(client: Client) -> None:
+    refused = await client.call("POST", "/v1/answers", {"question": "Why?", "pictures": ["a.png"]})
+    assert (refused.status, refused.data["kind"]) == (422, "ConfigError")
+    assert "phi4" in refused.data["detail"]
 
 
 async def test_a_stream_is_started_seen_and_ended(client: Client, speech: Path) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from actors.bench.wer import count_errors
+from pipeline.models.phi4.tiny import make_tiny
 from tests.test_captions import CUE_SRT, CUE_VTT
 
 SURTITLE = Path(sys.executable).parent / "surtitle"
@@ -242,6 +243,11 @@ def test_media_that_cannot_be_heard_exit_with_1_and_one_line(
         (("config", "check", "none.yaml"), r"none\.yaml does not exist"),
         (("streams", "--set", "redis.url=redis://127.0.0.1:1/0"), r"redis://127\.0\.0\.1:1/0"),
         (("models", "verify", "whisper-bas"), r"whisper-bas"),
+        (("caption", __file__, "--model", "whisper-bas"), r"whisper-bas"),
+        (("ask", "Why?", "--picture", "none.png"), r"none\.png: no such file"),
+        (("ask", "Why?", "--runtime", "local"), r"tier edge \(whisper-base\) cannot answer"),
+        (("summarise", "--text", "none.txt"), r"none\.txt cannot be read: No such file"),
+        (("summarise", "none.wav"), r"none\.wav: no such file"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
@@ -264,6 +270,9 @@ def test_a_job_that_fails_exits_with_1_and_says_why_in_one_line(
         ("caption", __file__, "--language", "klingonese"),
         ("caption", __file__, "--stream-id", "a b"),
         ("caption", __file__, "--format", "live", "-o", "x.txt"),
+        ("ask", "Why?", *("--picture", __file__) * 5),
+        ("summarise",),
+        ("summarise", "a.wav", "--text", "b.txt"),
         ("frobnicate",),
         ("bench", "live"),
     ],
@@ -273,6 +282,38 @@ def test_a_wrong_usage_exits_with_2(args: tuple[str, ...], environ: dict[str, st
     done = surtitle(environ, *args)
     assert (done.returncode, done.stdout) == (2, "")
     assert "Traceback" not in done.stderr
+
+
+@pytest.fixture(scope="module")
+def seeing_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny(tmp_path_factory.mktemp("tiny-phi4"))
+
+
+def test_a_video_gives_scenes_too(environ: dict[str, str], media: Path, seeing_model: Path) -> None:
+    done = surtitle(
+        environ, *CAPTION, media / "demo.mp4", "--fast", "--scenes", "--model", seeing_model, "--format", "jsonl"
+    )
+    assert done.returncode == 0, done.stderr
+    records = records_of(done.stdout)
+    assert {"scene", "final", "health"} <= {record["kind"] for record in records}
+    assert {record["tier"] for record in records if "tier" in record} == {"phi4"}
+
+
+def test_questions_are_answered_on_stdout_alone(
+    environ: dict[str, str], media: Path, seeing_model: Path, tmp_path: Path
+) -> None:
+    model = ("--model", seeing_model, "--runtime", "local")
+    asked = ("ask", "What is it?", "--picture", media / "demo.mp4", *model)
+    plain, as_json = surtitle(environ, *asked), surtitle(environ, *asked, "--json")
+    assert (plain.returncode, plain.stderr) == (0, "")
+    assert json.loads(as_json.stdout).keys() == {"text", "language", "tier", "guard"}
+    assert plain.stdout == json.loads(as_json.stdout)["text"] + "\n"
+    (tmp_path / "story.txt").write_text("Once upon a time.", "utf-8")
+    assert surtitle(environ, "summarise", "--text", tmp_path / "story.txt", *model).returncode == 0
+    (tmp_path / "story.txt").write_bytes(b"\xff")
+    refused = surtitle(environ, "summarise", "--text", tmp_path / "story.txt", *model)
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert "is not UTF-8 text (byte 0)" in refused.stderr
 
 
 def test_the_weights_are_verified(environ: dict[str, str]) -> None:

@@ -14,13 +14,15 @@ import pytest
 
 from actors.follow import follow
 from actors.gateway import Gateway
+from actors.questions import AskSpec, SummariseSpec
 from actors.session import Session
 from actors.settings import Settings
 from actors.spec import StreamSpec, make_stream_id
 from actors.store import RedisParams, Store
-from pipeline.errors import CapacityExceeded, ConfigError, ServiceError, SourceNotFound, StreamNotFound
+from pipeline.errors import CapacityExceeded, ConfigError, MediaError, ServiceError, SourceNotFound, StreamNotFound
+from pipeline.models.phi4.tiny import make_tiny
 from pipeline.models.weights import ModelParams
-from pipeline.records import BaseRecord, FinalRecord, HealthRecord
+from pipeline.records import BaseRecord, FinalRecord, HealthRecord, SceneRecord
 from tests.media import read_pcm, write_pcm
 from tests.ray_cluster import RayCluster
 from tests.test_container_source import FORMAT_FLOAT, riff
@@ -152,6 +154,72 @@ async def test_draining_ends_every_stream_and_admits_no_more(local_settings: Set
         assert [status.state for status in await gateway.list_streams()] == ["ended", "ended"]
         with pytest.raises(ServiceError, match="stopping"):
             await gateway.start_stream(StreamSpec(source=str(speech)))
+
+
+@pytest.fixture(scope="module")
+def seeing_model(tmp_path_factory: pytest.TempPathFactory) -> ModelParams:
+    name = str(make_tiny(tmp_path_factory.mktemp("tiny-phi4")))
+    return ModelParams(name=name, encoder_threads=1, decoder_threads=1)
+
+
+async def test_a_video_is_looked_at_and_asked_about_while_it_plays(
+    local_settings: Settings, seeing_model: ModelParams, media: Path, clip: Path
+) -> None:
+    settings = local_settings.model_copy(update={"model": seeing_model})
+    async with running(settings) as gateway, Store(settings.redis) as store:
+        info = (await gateway.info()).stages
+        assert info.tier == "phi4"
+        assert info.eyes is not None
+        assert info.eyes.max_crops == settings.vision.max_crops
+        spec = StreamSpec(source=str(media / "demo.mp4"), stream_id="hall", has_scenes=True)
+        await gateway.start_stream(spec)
+        async with asyncio.timeout(30):
+            while b'surtitle_jobs_total{kind="describe",outcome="answered"}' not in gateway.render_metrics():  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+        answer = await gateway.answer(AskSpec(question="What is it?", stream_id="hall"))
+        assert answer.tier == "phi4"
+        assert b'surtitle_jobs_total{kind="answer",outcome="answered"} 1.0' in gateway.render_metrics()
+        assert (await gateway.stop_stream("hall")).state == "ended"
+        scenes = [record for record in await records_of(store, "hall") if isinstance(record, SceneRecord)]
+        assert (scenes[0].start_ms, scenes[0].reason) == (0, "first")
+        with pytest.raises(StreamNotFound, match="'hall' is live"):
+            await gateway.answer(AskSpec(question="What is it?", stream_id="hall"))
+        # Without scenes nobody looks at it.
+        await gateway.start_stream(spec.model_copy(update={"stream_id": "blind", "has_scenes": None}))
+        with pytest.raises(MediaError, match="'blind' has shown nothing"):
+            await gateway.answer(AskSpec(question="What is it?", stream_id="blind"))
+        await gateway.drain()
+        with pytest.raises(ServiceError, match="stopping"):
+            await gateway.summarise(SummariseSpec(source=str(clip)))
+
+
+async def test_scenes_that_are_configured_can_be_switched_off(
+    local_settings: Settings, seeing_model: ModelParams, media: Path
+) -> None:
+    settings = Settings.model_validate(
+        {**local_settings.model_dump(), "model": seeing_model, "scenes": {"sample_interval_ms": 1_000}}
+    )
+    async with running(settings) as gateway, Store(settings.redis) as store:
+        for stream_id, has_scenes in (("seen", None), ("unseen", False)):
+            spec = StreamSpec(
+                source=str(media / "demo.mp4"), stream_id=stream_id, pace="fast", scheduling="by_sample",
+                has_scenes=has_scenes, has_partials=False,
+            )  # fmt: skip
+            await gateway.start_stream(spec)
+            assert (await gateway.wait_stream(stream_id)).state == "ended"
+            kinds = {record.kind for record in await records_of(store, stream_id)}
+            assert ("scene" in kinds) is (has_scenes is None)
+
+
+async def test_scenes_and_questions_are_refused_where_the_tier_has_no_eyes(
+    local_settings: Settings, media: Path, clip: Path
+) -> None:
+    async with running(local_settings) as gateway:
+        with pytest.raises(ConfigError, match=r"tier edge .* has no eyes"):
+            await gateway.start_stream(StreamSpec(source=str(media / "demo.mp4"), has_scenes=True))
+        with pytest.raises(ConfigError, match=r"tier edge .* cannot answer"):
+            await gateway.answer(AskSpec(sound=str(clip)))
+        assert await gateway.list_streams() == []
 
 
 async def test_the_gateway_actor_captions_on_ray_and_tells_the_same_errors(ray_cluster: RayCluster, clip: Path) -> None:

@@ -21,16 +21,19 @@ from actors.publisher import Publisher
 from actors.session import Scheduling, Session, SessionState
 from actors.stages import Stages
 from actors.store import RedisParams, Store
-from ingest.source import AudioBlock, SourceGap, SourceInfo
+from ingest.source import AudioBlock, SourceGap, SourceInfo, VideoFrame
 from pipeline.audio.encoder_window import EncoderParams
 from pipeline.decode.embeddings_to_hypotheses import DecoderParams
 from pipeline.errors import ConfigError, MediaError
-from pipeline.items import Outcome, Snapshot
+from pipeline.items import Frame, Outcome, Snapshot
 from pipeline.local import LocalModels, caption_samples
+from pipeline.models.phi4.tiny import make_tiny
 from pipeline.models.weights import ModelParams
 from pipeline.records import BaseRecord, FinalRecord, HealthRecord
 from pipeline.stream_params import CaptionParams, StreamParams
+from pipeline.text.transcripts_to_summaries import SummaryParams
 from pipeline.timebase import SAMPLE_RATE_HZ
+from pipeline.vision.params import SceneParams, VisionParams
 from tests.media import read_pcm
 from tests.models import base_encoder, base_engine
 from tests.stores import comparable
@@ -72,7 +75,7 @@ class SampleSource:
         self.is_closed = True
         self.was_waited_for_when_closed = self.is_waited_for
 
-    async def __aiter__(self) -> AsyncIterator[AudioBlock | SourceGap]:
+    async def __aiter__(self) -> AsyncIterator[AudioBlock | SourceGap | VideoFrame]:
         for start in range(0, self.samples.shape[1], BLOCK_SAMPLES):
             self.num_blocks += 1
             self.on_block()
@@ -316,3 +319,103 @@ async def test_a_second_run_of_a_stream_goes_on_where_the_first_ended(sound, loc
     assert [final.text for final in finals[:half]] == [final.text for final in finals[half:]]
     assert finals[half].start_ms >= finals[half - 1].end_ms
     assert [record.event for record in records if isinstance(record, HealthRecord)][-2:] == ["resumed", "ended"]
+
+
+class VideoSource(SampleSource):
+    """Sound with `frames` among it, each when its time has come."""
+
+    def __init__(self, samples: NDArray[np.int16], frames: list[Frame]) -> None:
+        super().__init__(samples)
+        self.frames = frames
+
+    async def __aiter__(self) -> AsyncIterator[AudioBlock | SourceGap | VideoFrame]:
+        position, unseen = 0, list(self.frames)
+        async for block in super().__aiter__():
+            yield block
+            assert isinstance(block, AudioBlock)
+            position += block.samples.shape[1]
+            while unseen and unseen[0].start_sample < position:
+                frame = unseen.pop(0)
+                yield VideoFrame(frame.start_sample, frame.pixels)
+
+
+SEEING = StreamParams(
+    scenes=SceneParams(min_interval_ms=1_000),
+    captions=CaptionParams(has_partials=False),
+    summary=SummaryParams(every_minutes=0.1, method="generated"),
+)
+
+
+def frames_of(seed: int) -> list[Frame]:
+    """Two pictures a second for five seconds; they change every second and a half."""
+    pictures = np.random.default_rng(seed).integers(0, 40, (4, 56, 84, 3)).astype(np.uint8)
+    for number, (row, column) in enumerate(((0, 0), (28, 42), (0, 42), (28, 0))):
+        pictures[number, row : row + 28, column : column + 42] += 200
+    return [Frame(number * SAMPLE_RATE_HZ // 2, pictures[number // 3]) for number in range(10)]
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def seeing_stages(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Stages]:
+    name = str(make_tiny(tmp_path_factory.mktemp("tiny-phi4")))
+    stages = await LocalStages.open(
+        ModelParams(name=name, encoder_threads=1, decoder_threads=1),
+        EncoderParams(),
+        DecoderParams(),
+        DispatchParams(),
+        Metrics(),
+        vision=VisionParams(max_crops=2),
+    )
+    yield stages
+    await stages.aclose()
+
+
+def timeless(records: list[BaseRecord], kind: str) -> list[dict[str, object]]:
+    """Like `comparable`, but for what depends on when an answer came."""
+    return [{key: value for key, value in each.items() if key != "revision"} for each in comparable(records, kind)]
+
+
+async def test_scenes_and_summaries_of_interleaved_sessions_equal_those_of_each_alone(
+    sound, seeing_stages: Stages, publisher, store
+):
+    async def run(stream_id: str, seed: int) -> None:
+        source = VideoSource(sound[seed * SAMPLE_RATE_HZ : (seed + 5) * SAMPLE_RATE_HZ], frames_of(seed))
+        session = Session(stream_id, SEEING, source, seeing_stages, publisher, scheduling=Scheduling.BY_SAMPLE)
+        await run_session(session)
+        assert session.state is SessionState.ENDED
+        assert session.last_frame is not None
+        assert np.array_equal(session.last_frame.pixels, source.frames[-1].pixels)
+
+    async with asyncio.timeout(150):
+        await asyncio.gather(run("a", 0), run("b", 2))
+        await run("a-alone", 0)
+        await run("b-alone", 2)
+    for name in ("a", "b"):
+        together, alone = await read_all(store, name), await read_all(store, f"{name}-alone")
+        for kind in ("scene", "summary", "final", "error"):
+            assert timeless(together, kind) == timeless(alone, kind)
+        scenes = [record for record in together if record.kind == "scene"]
+        assert [scene.start_ms for scene in scenes] == [0, 1_500, 3_000, 4_500]
+        assert not comparable(together, "error")
+        assert isinstance(together[-1], HealthRecord)
+
+
+async def test_by_time_the_newest_picture_is_looked_at_and_the_end_waits_for_it(
+    sound, seeing_stages: Stages, publisher, store
+):
+    source = VideoSource(sound[: 5 * SAMPLE_RATE_HZ], frames_of(1))
+    async with asyncio.timeout(60):
+        await run_session(Session("s", SEEING, source, seeing_stages, publisher))
+    records = await read_all(store, "s")
+    starts_ms = [record.start_ms for record in records if record.kind == "scene"]
+    assert (starts_ms[0], starts_ms[-1]) == (0, 4_500)
+    assert isinstance(records[-1], HealthRecord)
+    assert records[-1].event == "ended"
+
+
+async def test_scenes_without_eyes_are_refused_before_anything_is_published(
+    sound, local_stages: Stages, publisher: Publisher
+):
+    session = Session("s", SEEING, SampleSource(sound), local_stages, publisher)
+    with pytest.raises(ConfigError, match=r"tier edge .* has no eyes"):
+        await session.open()
+    assert publisher.counters.published == 0
