@@ -10,24 +10,20 @@ This module imports no torch, so that processes that only deploy the stage do no
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from actors.owned_thread import OwnedThread, encode_isolated
 from actors.threads import choose_num_threads
 from pipeline.audio.encoder_window import EncoderCosts, EncoderParams
-from pipeline.errors import StageUnavailable
-from pipeline.items import Embeddings, Failure, FailureKind, Snapshot
+from pipeline.items import Embeddings, Failure, Snapshot
 from pipeline.models.weights import ModelParams
 
 if TYPE_CHECKING:
-    from pipeline.audio.utterances_to_embeddings import UtterancesToEmbeddings
+    from pipeline.audio.encoders import SnapshotEncoder
 
-logger = logging.getLogger(__name__)
-
-_MAX_FAILURES_IN_A_ROW = 3
 _MAX_CALL_S = 120.0
 
 
@@ -52,22 +48,15 @@ class AudioEncoder:
             WeightsHashError: if a weight file is not the pinned one.
             ModelError: if the model cannot be loaded.
         """
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="audio-encoder")
-        self._num_failures_in_a_row = 0
-        self._computing_since: float | None = None
-        try:
-            self._encoder, self._info = self._thread.submit(_load, model, params).result()
-        except BaseException:
-            self._thread.shutdown(wait=False)
-            raise
+        self._thread = OwnedThread("audio encoder", _MAX_CALL_S)
+        self._encoder, self._info = self._thread.load(lambda: _load(model, params))
         self._workers = ThreadPoolExecutor(
             self._info.num_side_by_side, thread_name_prefix="partial-encoder", initializer=_use_one_thread
         )
 
     async def encode(self, snapshots: list[Snapshot]) -> list[Embeddings | Failure]:
         """Return the embeddings (or the failure) of each snapshot, in the same order."""
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._thread, self._encode, snapshots)
+        return await self._thread.run(self._run, snapshots)
 
     def info(self) -> EncoderInfo:
         """Return what this replica is."""
@@ -79,35 +68,13 @@ class AudioEncoder:
         Raises:
             StageUnavailable: if encoding failed several times in a row, or hangs.
         """
-        if self._num_failures_in_a_row >= _MAX_FAILURES_IN_A_ROW:
-            raise StageUnavailable(f"the encoder failed {self._num_failures_in_a_row} times in a row")
-        if self._is_hanging():
-            raise StageUnavailable(f"the encoder has worked on one call for more than {_MAX_CALL_S:.0f} s")
+        self._thread.check_health()
 
     async def aclose(self) -> None:
         """End the threads after what they are doing; those that hang are left behind. Idempotent."""
-        waits = not self._is_hanging()
-        await asyncio.to_thread(self._thread.shutdown, wait=waits, cancel_futures=True)
+        waits = not self._thread.is_hanging
+        await self._thread.aclose()
         await asyncio.to_thread(self._workers.shutdown, wait=waits)
-
-    def _is_hanging(self) -> bool:
-        since = self._computing_since
-        return since is not None and time.monotonic() - since > _MAX_CALL_S
-
-    def _encode(self, snapshots: list[Snapshot]) -> list[Embeddings | Failure]:
-        self._computing_since = time.monotonic()
-        try:
-            outcomes = self._run(snapshots)
-        finally:
-            self._computing_since = None
-        for outcome in outcomes:
-            self._num_failures_in_a_row = self._num_failures_in_a_row + 1 if isinstance(outcome, Exception) else 0
-        return [
-            Failure(snapshot.key, None, FailureKind.FAILED, f"the audio encoder failed: {type(outcome).__name__}")
-            if isinstance(outcome, Exception)
-            else outcome
-            for snapshot, outcome in zip(snapshots, outcomes, strict=True)
-        ]
 
     def _run(self, snapshots: list[Snapshot]) -> list[Embeddings | Failure | Exception]:
         if self._info.device != "cpu":
@@ -120,27 +87,20 @@ class AudioEncoder:
         return [next(finals) if snapshot.is_final else next(partials)[0] for snapshot in snapshots]
 
     def _encode_isolated(self, snapshots: list[Snapshot]) -> list[Embeddings | Failure | Exception]:
-        """Encode together; when that raises, one by one, so that a bad snapshot fails alone. Threads run it at once."""
-        try:
-            return list(self._encoder.encode(snapshots))
-        except Exception as exc:
-            if len(snapshots) > 1:
-                return [result for snapshot in snapshots for result in self._encode_isolated([snapshot])]
-            logger.exception("a snapshot could not be encoded")
-            return [exc]
+        return encode_isolated(self._encoder.encode, snapshots)
 
 
-def _load(model: ModelParams, params: EncoderParams) -> tuple[UtterancesToEmbeddings, EncoderInfo]:
+def _load(model: ModelParams, params: EncoderParams) -> tuple[SnapshotEncoder, EncoderInfo]:
     # Torch is imported here, in the thread that will use it: see the module's docstring.
     import torch  # noqa: PLC0415
 
-    from pipeline.audio.utterances_to_embeddings import UtterancesToEmbeddings  # noqa: PLC0415
+    from pipeline.audio.encoders import load_encoder  # noqa: PLC0415
 
     num_threads = choose_num_threads(model.encoder_threads, "encoder")
     # Each kind is measured as it runs: partials with one thread each, finals with all. The first calls, which allocate
     # and choose kernels, are made by it too.
     torch.set_num_threads(1)
-    encoder = UtterancesToEmbeddings(model, params, clock=time.perf_counter)
+    encoder = load_encoder(model, params, time.perf_counter)
     partial_cost = encoder.measure_cost(time.perf_counter, is_final=False)
     torch.set_num_threads(num_threads)
     final_cost = encoder.measure_cost(time.perf_counter, is_final=True)

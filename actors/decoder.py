@@ -12,14 +12,25 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from actors.threads import choose_num_threads
 from pipeline.decode.embeddings_to_hypotheses import DecodeEngine, DecoderParams
+from pipeline.decode.runner import Context
 from pipeline.errors import StageUnavailable
-from pipeline.items import DecodeRequest, Embeddings, Failure, FailureKind, Outcome, RequestKey, Task
+from pipeline.items import (
+    DecodeRequest,
+    Embeddings,
+    Failure,
+    FailureKind,
+    Outcome,
+    Pictures,
+    RequestKey,
+    Task,
+    TaskKind,
+)
 from pipeline.models.weights import ModelParams
 
 logger = logging.getLogger(__name__)
@@ -42,6 +53,7 @@ class DecoderInfo:
     num_threads: int
     languages: tuple[str, ...]
     translates_to: tuple[str, ...]
+    tasks: frozenset[TaskKind]
 
 
 @dataclass(slots=True)
@@ -68,7 +80,7 @@ class _Reply:
 @dataclass(frozen=True, slots=True)
 class _Submit:
     request: DecodeRequest
-    embeddings: Embeddings
+    context: Context
     reply: _Reply
     deadline_ms: float | None  # on this process's monotonic clock
 
@@ -114,27 +126,30 @@ class Decoder:
         self._info = loaded.result()
 
     async def decode(
-        self, encoded: list[Embeddings | Failure], requests: list[DecodeRequest]
+        self,
+        encoded: Sequence[Embeddings | Failure | None],
+        requests: Sequence[DecodeRequest],
+        pictures: Sequence[Pictures | Failure | None] | None = None,
     ) -> AsyncGenerator[Outcome, None]:
         """Yield the outcomes of `requests` as they are ready, one for each task.
 
-        `encoded` holds the embeddings of each request at the same place; a failure there is passed on. What is still
-        undecided when the caller goes away is cancelled. Deadlines count from this call on.
+        `encoded` and `pictures` hold what each request is about at the same place, None where it has no sound or no
+        pictures; a failure there is passed on. What is still undecided when the caller goes away is cancelled.
+        Deadlines count from this call on.
 
         Raises:
-            ValueError: if `encoded` and `requests` do not belong together.
+            ValueError: if `encoded`, `pictures` and `requests` do not belong together.
         """
-        if [item.key for item in encoded] != [request.key for request in requests]:
-            raise ValueError(f"{len(encoded)} embeddings do not belong to {len(requests)} requests")
+        inputs = _join(encoded, pictures, requests)
         arrived_ms = _now_ms()
         num_outcomes = sum(len(request.tasks) + 1 for request in requests)
         reply = _Reply(asyncio.get_running_loop(), asyncio.Queue(maxsize=2 * num_outcomes + 1))
-        failures = [item for item in encoded if isinstance(item, Failure)]
-        for failure in failures:
-            yield failure
+        for item in inputs:
+            if isinstance(item, Failure):
+                yield item
         jobs = []
-        for request, item in zip(requests, encoded, strict=True):
-            if isinstance(item, Embeddings):
+        for request, item in zip(requests, inputs, strict=True):
+            if isinstance(item, Context):
                 in_ms = request.deadline_in_ms
                 jobs.append(_Submit(request, item, reply, None if in_ms is None else arrived_ms + in_ms))
                 reply.open_tasks[request.key] = set(request.tasks)
@@ -254,6 +269,28 @@ class Decoder:
                 _post(command.reply, Failure(command.request.key, None, FailureKind.UNAVAILABLE, reason))
 
 
+def _join(
+    encoded: Sequence[Embeddings | Failure | None],
+    pictures: Sequence[Pictures | Failure | None] | None,
+    requests: Sequence[DecodeRequest],
+) -> list[Context | Failure]:
+    """Return what each request is about, or why it cannot be asked."""
+    pictures = pictures if pictures is not None else [None] * len(requests)
+    for what, items in (("embeddings", encoded), ("pictures", pictures)):
+        keys = [request.key if item is None else item.key for request, item in zip(requests, items, strict=False)]
+        if len(items) != len(requests) or keys != [request.key for request in requests]:
+            raise ValueError(f"{len(items)} {what} do not belong to {len(requests)} requests")
+    joined: list[Context | Failure] = []
+    for sound, picture in zip(encoded, pictures, strict=True):
+        if isinstance(sound, Failure):
+            joined.append(sound)
+        elif isinstance(picture, Failure):
+            joined.append(picture)
+        else:
+            joined.append(Context(sound, picture))
+    return joined
+
+
 def _now_ms() -> float:
     return time.monotonic() * 1_000
 
@@ -271,7 +308,7 @@ def _obey(engine: DecodeEngine, undecided: dict[RequestKey, _Undecided], command
         engine.cancel(key)
         _settle(undecided, Failure(key, None, FailureKind.UNAVAILABLE, "the snapshot was sent again"))
     try:
-        engine.submit(command.request, command.embeddings, deadline_ms=command.deadline_ms)
+        engine.submit(command.request, command.context, deadline_ms=command.deadline_ms)
     except Exception as exc:
         logger.exception("the engine refused a request")
         _post(command.reply, Failure(key, None, FailureKind.FAILED, f"refused by the decoder: {type(exc).__name__}"))
@@ -311,5 +348,6 @@ def _load(model: ModelParams, params: DecoderParams) -> tuple[DecodeEngine, Deco
         num_threads=num_threads,
         languages=engine.languages,
         translates_to=engine.translates_to,
+        tasks=engine.tasks,
     )
     return engine, info

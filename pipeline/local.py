@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from pipeline.audio.samples_to_chunks import by_chunk_index
 from pipeline.audio.utterances_to_embeddings import UtterancesToEmbeddings
 from pipeline.decode.embeddings_to_hypotheses import DecodeEngine
+from pipeline.decode.runner import Context
 from pipeline.items import DecodeRequest, Embeddings, Outcome, Snapshot
 from pipeline.records import BaseRecord
 from pipeline.stream import Stream
@@ -35,7 +36,7 @@ def serve_snapshots(snapshots: list[Snapshot], models: LocalModels) -> Iterator[
     """Yield every outcome of `snapshots`, encoded and decoded together."""
     for snapshot, encoded in zip(snapshots, models.encoder.encode(snapshots), strict=True):
         if isinstance(encoded, Embeddings):
-            models.engine.submit(DecodeRequest.of(snapshot), encoded)
+            models.engine.submit(DecodeRequest.of(snapshot), Context(encoded))
         else:
             yield encoded
     while models.engine.has_work:

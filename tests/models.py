@@ -15,6 +15,7 @@ from pipeline.audio.encoder_window import EncoderParams
 from pipeline.audio.utterances_to_embeddings import UtterancesToEmbeddings
 from pipeline.decode.embeddings_to_hypotheses import DecodeEngine, DecoderParams, DecoderParts
 from pipeline.decode.guards import GuardParams
+from pipeline.decode.runner import Context
 from pipeline.decode.scheduler import SchedulerParams
 from pipeline.items import TRANSCRIBE, DecodeRequest, Embeddings, Hypothesis, Outcome, Snapshot, SnapshotKey, Task
 from pipeline.models.device import has_int8_units
@@ -88,7 +89,7 @@ def run_dry(engine: DecodeEngine, max_steps: int = 2_000) -> list[Outcome]:
 
 def answer(engine: DecodeEngine, asked: DecodeRequest, embeddings: Embeddings) -> list[Outcome]:
     """What `engine` answers to one request alone."""
-    engine.submit(asked, replace(embeddings, key=asked.key))
+    engine.submit(asked, Context(replace(embeddings, key=asked.key)))
     return run_dry(engine)
 
 

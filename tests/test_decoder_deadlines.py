@@ -11,6 +11,7 @@ import pytest
 
 from actors.decoder import Decoder
 from pipeline.decode.embeddings_to_hypotheses import DecodeEngine, DecoderParams, DecoderParts
+from pipeline.decode.runner import Context
 from pipeline.decode.scheduler import SchedulerParams
 from pipeline.items import DecodeRequest, Embeddings, Failure, FailureKind, Hypothesis, Outcome, SnapshotKey
 from pipeline.models.weights import ModelParams
@@ -37,10 +38,10 @@ def engine_of(parts: DecoderParts) -> DecodeEngine:
     return DecodeEngine(ModelParams(), DecoderParams(scheduler=scheduler), parts=parts)
 
 
-def ask(utterance: int, *, is_final: bool) -> tuple[DecodeRequest, Embeddings]:
+def ask(utterance: int, *, is_final: bool) -> tuple[DecodeRequest, Context]:
     key = SnapshotKey("s", utterance, 1)
     values = np.random.default_rng(utterance).standard_normal((NUM_POSITIONS, 32)).astype(np.float32)
-    return request(key, is_final=is_final), Embeddings(key, values, NUM_POSITIONS * 320)
+    return request(key, is_final=is_final), Context(Embeddings(key, values, NUM_POSITIONS * 320))
 
 
 def run_dry(engine: DecodeEngine, now_ms: float) -> dict[int, Outcome]:
@@ -93,7 +94,7 @@ async def test_the_stage_counts_a_deadline_from_the_arrival_of_the_request(model
     cases = {1: (False, -1.0), 2: (False, 60_000.0), 3: (True, -1.0), 4: (False, None)}
     asked = {utterance: ask(utterance, is_final=is_final) for utterance, (is_final, _) in cases.items()}
     requests = [replace(asked[utterance][0], deadline_in_ms=in_ms) for utterance, (_, in_ms) in cases.items()]
-    encoded: list[Embeddings | Failure] = [embeddings for _, embeddings in asked.values()]
+    encoded = [context.sound for _, context in asked.values()]
     outcomes = {outcome.key.utterance: outcome async for outcome in decoder.decode(encoded, requests)}
     assert {utterance: is_expired(outcome) for utterance, outcome in outcomes.items()} == {
         1: True,

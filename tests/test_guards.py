@@ -140,7 +140,7 @@ def run_greedy(
     max_chars: float | None = None,
 ) -> TokenSequence:
     """Decode with a model that always says `next_tokens`, feeding at most seven tokens a pass."""
-    limits = Limits(cap, EOT, GuardParams(), max_chars)
+    limits = Limits(cap, frozenset({EOT}), EOT, GuardParams(), max_chars)
     sequence = TokenSequence(Prompt((SOT, 1, 2)), draft, limits, decode)
     while not sequence.is_finished:
         feed = sequence.feed(7)
@@ -220,7 +220,7 @@ def step_once(sequence: TokenSequence, truth: list[int]) -> None:
 
 def test_a_sequence_that_lost_its_memory_feeds_what_it_had_and_ends_the_same() -> None:
     truth = list(range(30))
-    sequence = TokenSequence(Prompt((SOT, 1, 2)), (), Limits(100, EOT, GuardParams()), decode)
+    sequence = TokenSequence(Prompt((SOT, 1, 2)), (), Limits(100, frozenset({EOT}), EOT, GuardParams()), decode)
     for _ in range(6):
         step_once(sequence, truth)
     assert sequence.tokens == tuple(truth[:6])
@@ -234,7 +234,10 @@ def test_a_sequence_that_lost_its_memory_feeds_what_it_had_and_ends_the_same() -
 def test_a_wrong_guess_of_the_language_is_corrected_and_what_was_fed_behind_it_forgotten() -> None:
     german, english, task = 1, 2, 3
     sequence = TokenSequence(
-        Prompt((SOT, english, task), (german, english)), (40, 41), Limits(100, EOT, GuardParams()), decode
+        Prompt((SOT, english, task), (german, english)),
+        (40, 41),
+        Limits(100, frozenset({EOT}), EOT, GuardParams()),
+        decode,
     )
     feed = sequence.feed(64)
     assert feed.tokens == (SOT, english, task, 40, 41)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pipeline.decode.embeddings_to_hypotheses import DecodeEngine, DecoderParams, DecoderParts
-from pipeline.decode.runner import Lease, Row
+from pipeline.decode.runner import Context, Lease, Row
 from pipeline.decode.scheduler import SchedulerParams
 from pipeline.items import TRANSCRIBE, Embeddings, Hypothesis, Outcome, SnapshotKey, Task, TaskKind
 from pipeline.models.device import has_bfloat16_units, has_int8_units
@@ -172,10 +172,10 @@ def test_exact_rows_keep_their_bits_beside_reduced_ones(reduced_parts: DecoderPa
     leases, expected = {}, {}
     for slot, place in places:
         is_exact = slot % 2 == 0
-        leases[slot] = runner.open(slot, random_embeddings(slot).values, MAX_PLACES, is_exact=is_exact)
+        leases[slot] = runner.open(slot, Context(random_embeddings(slot)), 4, MAX_PLACES - 4, is_exact=is_exact)
         runner.run([Row(leases[slot], 0, tokens[:place], place, False, False)])
         if is_exact:
-            lease = exact.open(slot, random_embeddings(slot).values, MAX_PLACES, is_exact=True)
+            lease = exact.open(slot, Context(random_embeddings(slot)), 4, MAX_PLACES - 4, is_exact=True)
             exact.run([Row(lease, 0, tokens[:place], place, False, False)])
             [expected[slot]] = exact.run([Row(lease, place, tokens[place : place + 1], 0, False, False)])
             exact.close(lease)
@@ -190,7 +190,7 @@ def test_exact_rows_keep_their_bits_beside_reduced_ones(reduced_parts: DecoderPa
         assert [results[slot] for slot in expected] == list(expected.values())
         assert [result.picks[0].token for result in results] == [result.picks[0].token for result in alone]
     # the others are not exact, or nothing was shown
-    lease = exact.open(1, random_embeddings(1).values, MAX_PLACES, is_exact=True)
+    lease = exact.open(1, Context(random_embeddings(1)), 4, MAX_PLACES - 4, is_exact=True)
     exact.run([Row(lease, 0, tokens[:70], 70, False, False)])
     assert exact.run([Row(lease, 70, tokens[70:71], 0, False, False)]) != [alone[1]]
     exact.close(lease)
@@ -213,7 +213,7 @@ def answers_together(engine: DecodeEngine, items: Sequence[Embeddings], *, final
     for item in items:
         is_final = item.key.utterance in finals
         tasks = (TRANSCRIBE, TO_ENGLISH) if is_final else (TRANSCRIBE,)
-        engine.submit(request(item.key, is_final=is_final, language="de", tasks=tasks), item)
+        engine.submit(request(item.key, is_final=is_final, language="de", tasks=tasks), Context(item))
         outcomes += engine.step()
     return outcomes + run_dry(engine)
 
@@ -316,7 +316,7 @@ def test_partials_in_integers_give_together_the_tokens_that_each_gives_alone(utt
     alone = [hypothesis_of(answer(int8_engine(), request(item.key, is_final=False), item)) for item in utterances]
     engine = int8_engine()
     for item in utterances:
-        engine.submit(request(item.key, is_final=False), item)
+        engine.submit(request(item.key, is_final=False), Context(item))
     together = transcriptions(run_dry(engine))
     for item, expected in zip(utterances, alone, strict=True):
         found = together[item.key.utterance]
@@ -330,8 +330,8 @@ def test_finals_beside_partials_in_integers_are_those_of_float32(utterances: lis
     engine = int8_engine()
     for item in utterances:
         beside = replace(item, key=SnapshotKey("other", item.key.utterance, 1))
-        engine.submit(request(beside.key, is_final=False), beside)
-        engine.submit(request(item.key), item)
+        engine.submit(request(beside.key, is_final=False), Context(beside))
+        engine.submit(request(item.key), Context(item))
     outcomes = run_dry(engine)
     finals = transcriptions([outcome for outcome in outcomes if outcome.key.stream_id == "s"])
     partials = transcriptions([outcome for outcome in outcomes if outcome.key.stream_id == "other"])

@@ -219,17 +219,17 @@ def test_the_parts_of_the_real_model_have_its_keys_shapes_and_numbers_of_weights
     state = {key: tuple(tensor.shape) for key, tensor in real_reference.state_dict().items()}
     assert {key: shape for shapes in [*parts, unused_shapes(config)] for key, shape in shapes.items()} == state
     audio, vision, decoder = parts
-    encoder = PREFIXES["audio"] + "encoder."
     num_normalisers = 160  # buffers, which do not count as parameters
-    assert num_weights(audio, encoder) == 441_238_144 + num_normalisers
-    assert num_weights(audio) - num_weights(audio, encoder) == 25_178_112
-    tower, unused = PREFIXES["vision"] + "img_processor.", unused_shapes(config)
-    assert num_weights(unused, tower) == 30_480_160
-    assert num_weights(vision, tower) == 428_565_440 - 30_480_160
-    assert num_weights(vision) - num_weights(vision, tower) == 12_984_576
+    assert num_weights(audio) == num_weights(audio, PREFIXES["audio"]) == 441_238_144 + num_normalisers
+    unused, num_unused = unused_shapes(config), num_weights(unused_shapes(config), PREFIXES["vision"])
+    assert num_unused == 30_480_160
+    assert num_weights(vision) == num_weights(vision, PREFIXES["vision"]) == 428_565_440 - num_unused
+    assert unused.keys() - {HEAD_KEY} == {key for key in unused if key.startswith(PREFIXES["vision"])}
+    num_projecting = (num_weights(decoder, A), num_weights(decoder, V))
+    assert num_projecting == (25_178_112, 12_984_576)
     assert num_weights(decoder, "model.embed_tokens.") == 614_596_608
-    assert num_weights(decoder) == 614_596_608 + 3_221_425_152
-    total = sum(map(num_weights, parts)) + num_weights(unused, tower) - num_normalisers
+    assert num_weights(decoder) == 614_596_608 + 3_221_425_152 + sum(num_projecting)
+    total = sum(map(num_weights, parts)) + num_unused - num_normalisers
     assert total == 4_743_988_032
     assert num_weights(adapter_shapes(config, 320)) == 461_373_440
     assert num_weights(adapter_shapes(config, 256)) == 369_098_752

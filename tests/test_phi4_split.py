@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import Phi4MultimodalForCausalLM
 
-from pipeline.models.phi4.checkpoint import load_adapter, load_config, load_part
+from pipeline.models.phi4.checkpoint import load_adapter, load_config, load_decoder, load_part
 from pipeline.models.phi4.config import Phi4Config
 from pipeline.models.phi4.conformer import AudioProjection, ConformerEncoder, Projector
 from pipeline.models.phi4.crops import PictureCrops, cut_crops
@@ -36,20 +36,20 @@ class Split:
 
     def __init__(self, folder: Path) -> None:
         self.config: Phi4Config = load_config(folder)
-        audio, vision, decoder = (load_part(folder, part) for part in ("audio", "vision", "decoder"))
-        self.conformer = ConformerEncoder(self.config.audio, below(audio, "encoder."))
-        self.audio_projection = AudioProjection(self.config, audio)
-        self.siglip = SiglipEncoder(self.config.vision, below(vision, "img_processor."))
-        self.vision_projection = VisionProjection(self.config.vision, vision)
+        decoder = load_decoder(folder)
+        self.conformer = ConformerEncoder(self.config.audio, load_part(folder, "audio"))
+        self.audio_projection = AudioProjection(self.config, decoder.audio_projection)
+        self.siglip = SiglipEncoder(self.config.vision, load_part(folder, "vision"))
+        self.vision_projection = VisionProjection(self.config.vision, decoder.image_projection)
         self.decoder = Phi4Decoder(
             self.config.decoder,
-            decoder,
+            decoder.language,
             {Adapter(name): load_adapter(folder, name) for name in ADAPTERS},
             num_slots=2,
             max_tokens=250,
             device=torch.device("cpu"),
         )
-        self.embeddings = decoder["embed_tokens.weight"]
+        self.embeddings = decoder.language["embed_tokens.weight"]
 
     def merge(self, ids: tuple[int, ...], sound: Tensor | None, picture: Tensor | None) -> Tensor:
         merged = self.embeddings[list(ids)].clone()
@@ -70,10 +70,6 @@ class Split:
             tokens.append(int(self.decoder.logits(self.decoder.forward([row]))[0].argmax()))
         self.decoder.close(lease)
         return logits, tokens
-
-
-def below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ class Run:
         self, model: Model, prompt: Prompt, draft: Sequence[int] = (), guards: GuardParams = NO_GUARDS, cap: int = 0
     ) -> None:
         self._model = model
-        limits = Limits(cap or MAX_NEW_TOKENS, EOT, guards)
+        limits = Limits(cap or MAX_NEW_TOKENS, frozenset({EOT}), EOT, guards)
         self.sequence = TokenSequence(prompt, draft, limits, lambda tokens: " ".join(map(str, tokens)))
         self._num_places = len(prompt.tokens) + len(prompt.prefix) + limits.max_new_tokens
         self._memory: list[int] = []

@@ -24,6 +24,8 @@ from actors.threads import choose_num_threads
 from pipeline.audio.utterances_to_embeddings import UtterancesToEmbeddings
 from pipeline.decode.embeddings_to_hypotheses import DecodeEngine
 from pipeline.decode.guards import token_cap
+from pipeline.decode.prompting import Question
+from pipeline.decode.runner import Context
 from pipeline.errors import StageError
 from pipeline.items import TRANSCRIBE, DecodeRequest, Embeddings, Failure, Hypothesis, RequestKey, Snapshot, SnapshotKey
 from pipeline.models.whisper.runner import load_parts
@@ -123,7 +125,7 @@ class _Bench:
         torch.set_num_threads(self._num_threads)
         self._prompter = parts.prompter
         self._engine = DecodeEngine(settings.model, self._params, parts=parts)
-        self._yardstick = GenerateWhisper(settings.model, parts.prompter.eot)
+        self._yardstick = GenerateWhisper(settings.model, parts.prompter.num_text_tokens)
 
     def run(self) -> DecoderReport:
         self._tell("encoding")
@@ -227,7 +229,7 @@ class _Bench:
         found: dict[RequestKey, Hypothesis] = {}
         for batch in [items] if is_batched else [[item] for item in items]:
             for item in batch:
-                engine.submit(item.request(has_draft=has_drafts, is_final=is_final), item.embeddings)
+                engine.submit(item.request(has_draft=has_drafts, is_final=is_final), Context(item.embeddings))
             while engine.has_work:
                 for outcome in engine.step():
                     if isinstance(outcome, Failure):
@@ -253,7 +255,7 @@ class _Bench:
         generate = self._yardstick.generate_checked if is_checked else self._yardstick.generate
         asked = []
         for item, tokens, guard in zip(items, expected.tokens, expected.guards, strict=True):
-            prompt = self._prompter.prompt(TRANSCRIBE, item.language, (), None).tokens
+            prompt = self._prompter.prompt(Question(TRANSCRIBE, item.language, (), None, "", Context())).tokens
             cap = token_cap(item.embeddings.num_audio_samples, self._params.guards)
             room = self._yardstick.max_tokens - len(prompt)
             # What a guard has cut off is nobody's work here: generate is stopped there.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 from pydantic import Field, model_validator
 
@@ -11,16 +12,26 @@ from pipeline.timebase import ms_to_samples
 
 
 class EncoderParams(Params):
-    """The window that the encoder gets for an utterance: its samples and some silence, instead of a padded 30 s."""
+    """The window that Whisper's encoder gets for an utterance: its samples and some silence, not a padded 30 s.
+
+    Phi-4-multimodal's encoder takes sound as it is, up to half an hour: none of this concerns it.
+    """
 
     silence_ms: int = Field(
-        default=2_000, ge=0, le=10_000, description="least silence behind the utterance; with less, text is lost"
+        default=2_000,
+        ge=0,
+        le=10_000,
+        description="Whisper: least silence behind the utterance; with less, text is lost",
     )
     window_step_ms: int = Field(
-        default=200, ge=40, le=10_000, multiple_of=20, description="a window is rounded up to a multiple of this"
+        default=200, ge=40, le=10_000, multiple_of=20, description="Whisper: a window is rounded up to a multiple of it"
     )
     max_window_ms: int = Field(
-        default=30_000, ge=1_000, le=30_000, multiple_of=20, description="the longest window that the model takes"
+        default=30_000,
+        ge=1_000,
+        le=30_000,
+        multiple_of=20,
+        description="Whisper: the longest window that the model takes",
     )
 
     @model_validator(mode="after")
@@ -50,9 +61,17 @@ class EncoderParams(Params):
         return min(longest, -(-wanted // step) * step)
 
 
+class SnapshotCost(Protocol):
+    """What one kind of snapshot takes on one machine. It travels between processes, so it holds plain values."""
+
+    def estimate_ms(self, num_samples: int) -> float:
+        """Return the expected milliseconds for an utterance of `num_samples`; 0 if it cannot be encoded at all."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class EncoderCost:
-    """What one kind of snapshot takes on one machine: a model of the encoder's operations, scaled by a measurement."""
+    """What one kind of snapshot takes Whisper: a model of the encoder's operations, scaled by a measurement."""
 
     params: EncoderParams
     ms_per_window: float  # what a window costs whatever its length
@@ -69,14 +88,37 @@ class EncoderCost:
 
 
 @dataclass(frozen=True, slots=True)
+class PiecewiseCost:
+    """What a snapshot takes an encoder that cuts sound into pieces, each of which sees only itself (Phi-4-multimodal).
+
+    Sound of one piece is computed at its own length; of longer sound the last piece is as long as the others.
+    """
+
+    piece_samples: int
+    max_samples: int
+    ms_per_snapshot: float  # what one costs whatever its length
+    ms_per_second: float  # linear layers, convolutions, front end
+    ms_per_second_squared: float  # attention within a piece
+
+    def estimate_ms(self, num_samples: int) -> float:
+        """Return the expected milliseconds for an utterance of `num_samples`; 0 if it cannot be encoded at all."""
+        if not 1 <= num_samples <= self.max_samples:
+            return 0.0
+        num_pieces = -(-num_samples // self.piece_samples)
+        seconds = min(num_samples, self.piece_samples) / ms_to_samples(1_000)
+        piece_ms = seconds * (self.ms_per_second + seconds * self.ms_per_second_squared)
+        return self.ms_per_snapshot + num_pieces * piece_ms
+
+
+@dataclass(frozen=True, slots=True)
 class EncoderCosts:
     """What snapshots take: partials and finals differ in arithmetic and in how many threads they have.
 
     It travels to the dispatcher, which keeps a call short with it; it decides nothing about results.
     """
 
-    partial: EncoderCost
-    final: EncoderCost
+    partial: SnapshotCost
+    final: SnapshotCost
 
     def estimate_ms(self, num_samples: int, is_final: bool) -> float:
         """Return the expected milliseconds for an utterance of `num_samples`; 0 if it cannot be encoded at all."""

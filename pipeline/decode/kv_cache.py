@@ -8,13 +8,12 @@ is not an identity: whoever opens it gets a `Lease`, which ends when the slot is
 
 from __future__ import annotations
 
-import math
-import mmap
 from dataclasses import dataclass
 
 import torch
 
 from pipeline.decode.runner import Lease
+from pipeline.decode.slots import SlotLeases, lazy_zeros
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,19 +43,18 @@ class KvMemory:
         text = (*leading, shape.max_tokens, shape.head_width)
         context = (*leading, shape.max_context_positions, shape.head_width)
         # Zeros, not whatever was there: masked places are multiplied by zero, and zero times infinity is not zero.
-        self.keys = _zeros(text, device)
-        self.values = _zeros(text, device)
+        self.keys = lazy_zeros(text, device)
+        self.values = lazy_zeros(text, device)
         # Transposed: the product of a few queries with it is a third faster so.
-        self.context_keys = _zeros((*leading, shape.head_width, shape.max_context_positions), device)
-        self.context_values = _zeros(context, device)
-        self.queries = _zeros((shape.num_kept_queries, shape.num_slots, shape.max_tokens, shape.head_width), device)
-        self._generations = [0] * shape.num_slots
-        self._is_open = [False] * shape.num_slots
+        self.context_keys = lazy_zeros((*leading, shape.head_width, shape.max_context_positions), device)
+        self.context_values = lazy_zeros(context, device)
+        self.queries = lazy_zeros((shape.num_kept_queries, shape.num_slots, shape.max_tokens, shape.head_width), device)
+        self._leases = SlotLeases(shape.num_slots)
 
     @property
     def num_open(self) -> int:
         """Slots that are leased."""
-        return sum(self._is_open)
+        return self._leases.num_open
 
     def open(self, slot: int, token_capacity: int, num_context_positions: int, *, is_exact: bool = True) -> Lease:
         """Lease `slot`.
@@ -71,11 +69,7 @@ class KvMemory:
             raise ValueError(
                 f"{num_context_positions} context positions do not fit a slot of {self.shape.max_context_positions}"
             )
-        if self._is_open[slot]:
-            raise RuntimeError(f"slot {slot} is leased already (generation {self._generations[slot]})")
-        self._is_open[slot] = True
-        self._generations[slot] += 1
-        return Lease(slot, self._generations[slot], token_capacity, num_context_positions, is_exact)
+        return Lease(slot, self._leases.open(slot), token_capacity, num_context_positions, is_exact)
 
     def close(self, lease: Lease, *, is_spoilt: bool = False) -> None:
         """End `lease`; its slot can be opened again, and is wiped first if numbers in it may not be finite.
@@ -85,8 +79,7 @@ class KvMemory:
         Raises:
             RuntimeError: if it has ended already.
         """
-        self.check(lease)
-        self._is_open[lease.slot] = False
+        self._leases.close(lease)
         if is_spoilt:
             for tensor in (self.keys, self.values, self.context_keys, self.context_values, self.queries):
                 tensor[:, lease.slot] = 0.0
@@ -97,15 +90,4 @@ class KvMemory:
         Raises:
             RuntimeError: if it has ended.
         """
-        if not self._is_open[lease.slot] or self._generations[lease.slot] != lease.generation:
-            raise RuntimeError(f"the lease of slot {lease.slot}, generation {lease.generation}, has ended")
-
-
-def _zeros(shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """Return zeros, float32 of `shape`; on a CPU in pages that are committed when they are first written."""
-    if device.type != "cpu" or not math.prod(shape):
-        return torch.zeros(shape, device=device)
-    # torch.zeros writes its zeros; pages straight from the system are zero without that.
-    num_bytes = math.prod(shape) * torch.float32.itemsize
-    pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return torch.frombuffer(pages, dtype=torch.float32).view(shape)
+        self._leases.check(lease)

@@ -131,6 +131,13 @@ class DecodeRunner(Protocol):
         """
         ...
 
+    def renew(self, lease: Lease, num_prompt_tokens: int, max_new_tokens: int) -> Lease | None:
+        """Return the lease for another prompt of the same request; what both prompts begin with is kept.
+
+        None: nothing of it can be kept; `lease` is as it was, to be closed.
+        """
+        ...
+
     def close(self, lease: Lease, *, is_spoilt: bool = False) -> None:
         """End a lease; `is_spoilt`: what was computed under it may not be finite."""
         ...

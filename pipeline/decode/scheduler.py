@@ -1,9 +1,9 @@
 """Which work runs in the decoder's next step: schedule, run, account.
 
 Plain Python, no torch, no clock: age is counted in steps, and deadlines are compared with the time that the caller
-gives. A piece of work is one snapshot (or, later, one summary or
-scene) that holds one slot of key/value memory from its admission to its end. What it feeds is told in numbers of
-tokens: the prompt and draft at first, usually one token a step afterwards; which they are is the caller's affair.
+gives. A piece of work is one snapshot or job that holds one slot of key/value memory from its admission to its end.
+What it feeds is told in numbers of tokens: the prompt and draft at first, usually one token a step afterwards; which
+they are is the caller's affair.
 
 The verbs and their order follow nano-vllm and vLLM v1 (`schedule`, `execute_model`, `update_from_output`).
 """
@@ -165,8 +165,10 @@ class Scheduler(Generic[IdT]):
         `max_overrun_ms` later, so that a long one cannot keep its slot from fresh ones. Other work never expires.
     """
 
-    def __init__(self, params: SchedulerParams) -> None:
+    def __init__(self, params: SchedulerParams, *, has_one_arithmetic: bool = False) -> None:
+        """`has_one_arithmetic`: finals and the rest are computed in the same way, so that they can share a step."""
         self._params = params
+        self._has_one_arithmetic = has_one_arithmetic
         self._entries: dict[IdT, _Entry[IdT]] = {}
         self._lineages: dict[Hashable, list[_Entry[IdT]]] = {}
         self._free_slots = list(range(params.num_slots - 1, -1, -1))
@@ -318,9 +320,10 @@ class Scheduler(Generic[IdT]):
         left = self._params.tokens_per_step
         pieces: list[Piece[IdT]] = []
         running = [entry for entry in self._entries.values() if entry.slot is not None]
-        # Finals compute in an arithmetic of their own: what goes along shares nothing and only makes their step longer.
-        finals = [entry for entry in running if entry.priority is Priority.FINAL]
-        for entry in sorted(finals or running, key=self._order):
+        if not self._has_one_arithmetic:
+            # What goes along with finals then shares nothing with them and only makes their step longer.
+            running = [entry for entry in running if entry.priority is Priority.FINAL] or running
+        for entry in sorted(running, key=self._order):
             context = 0 if entry.has_context else entry.work.num_context_tokens
             # A context larger than a whole step runs in a step of its own, with one token.
             num_tokens = min(entry.num_tokens, max(left - context, 0 if pieces else 1))

@@ -39,12 +39,14 @@ class Prompt:
     """The special tokens before the text: start, language, task.
 
     If `language_choices` is not empty, the language is to be detected among these; the one in `tokens` is a guess.
-    `prefix` holds text tokens that are given: the text goes on from them.
+    `prefix` holds text tokens that are given: the text goes on from them. `draft` holds those with which the text
+    probably begins, if whoever made the prompt knows.
     """
 
     tokens: tuple[int, ...]
     language_choices: tuple[int, ...] = ()
     prefix: tuple[int, ...] = ()
+    draft: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,13 +62,15 @@ class Feed:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What bounds a sequence: text tokens, the token that ends a text, and the guards.
+    """What bounds a sequence: how many text tokens it may have, which tokens end it, which are text, and the guards.
 
-    With more than `max_chars` of text two occurrences of something are a loop; None: always as many as the guards say.
+    Tokens below `num_text_tokens` are text. With more than `max_chars` of text two occurrences of something are a loop;
+    None: always as many as the guards say.
     """
 
     max_new_tokens: int
-    eot: int
+    ends: frozenset[int]
+    num_text_tokens: int
     guards: GuardParams
     max_chars: float | None = None
 
@@ -120,6 +124,11 @@ class TokenSequence:
     def num_resume_tokens(self) -> int:
         """Tokens to feed if the memory is lost (`restart`)."""
         return len(self._prompt) + len(self._prefix) + len(self._next_draft)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens before the text that is decoded: the prompt and the prefix."""
+        return len(self._prompt) + len(self._prefix)
 
     @property
     def prompt(self) -> tuple[int, ...]:
@@ -227,7 +236,7 @@ class TokenSequence:
 
     def _accept(self, pick: Pick) -> None:
         self._sum_logprob += pick.logprob
-        if pick.token == self._limits.eot:
+        if pick.token in self._limits.ends:
             self._finish()
             return
         self._tokens.append(pick.token)
@@ -280,4 +289,4 @@ class TokenSequence:
 
 def _text_only(tokens: Sequence[int], limits: Limits) -> list[int]:
     """Return `tokens` up to the first that cannot be text."""
-    return list(takewhile(lambda token: 0 <= token < limits.eot, tokens))
+    return list(takewhile(lambda token: 0 <= token < limits.num_text_tokens, tokens))

@@ -60,14 +60,19 @@ def choose_partial_arithmetic(model: ModelParams, device: torch.device, clock: C
 
 
 def check_final_arithmetic(model: ModelParams, device: torch.device) -> Arithmetic:
-    """Return what finals are computed in.
+    """Return what finals of the edge tier are computed in: "auto" is float32.
 
     Raises:
-        ModelError: if int8 is asked for, and the device is no CPU or the CPU has no instructions for it.
+        ModelError: if bfloat16 is asked for, in which a final would depend on its neighbours; or int8, and the device
+            is no CPU or the CPU has no instructions for it.
     """
+    if model.final_dtype == "bfloat16":
+        raise ModelError(
+            "model.final_dtype is 'bfloat16', which is for Phi-4-multimodal: finals of Whisper are exact, use 'float32'"
+        )
     if model.final_dtype == "int8":
         _check_int8("final_dtype", device, instead="float32")
-    return model.final_dtype
+    return "int8" if model.final_dtype == "int8" else "float32"
 
 
 def _check_int8(name: str, device: torch.device, *, instead: str) -> None:

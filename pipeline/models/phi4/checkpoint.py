@@ -18,7 +18,9 @@ from safetensors import SafetensorError, safe_open
 from pipeline.errors import ModelError
 from pipeline.models.phi4.config import Phi4Config, read_config
 from pipeline.models.phi4.keys import (
+    AUDIO_PROJECTION_PREFIX,
     HEAD_KEY,
+    IMAGE_PROJECTION_PREFIX,
     ORIGINAL_MODEL_TYPE,
     PARTS,
     PREFIXES,
@@ -69,7 +71,8 @@ def load_config(directory: Path) -> Phi4Config:
 def load_part(directory: Path, part: Part) -> dict[str, torch.Tensor]:
     """Return the tensors of `part`, as stored (float32, float16 or bfloat16), by native key below `PREFIXES[part]`.
 
-    The decoder's own `lm_head.weight`, if the embeddings are not tied, keeps that name.
+    Those of "audio" are what `ConformerEncoder` takes, those of "vision" what `SiglipEncoder` takes; those of "decoder"
+    come apart in `load_decoder`. The decoder's own `lm_head.weight`, if the embeddings are not tied, keeps that name.
 
     Raises:
         ModelError: naming the tensors that are missing from the part, mis-shaped or of another dtype in it, or that
@@ -90,6 +93,31 @@ def load_part(directory: Path, part: Part) -> dict[str, torch.Tensor]:
         key if key == HEAD_KEY else key.removeprefix(PREFIXES[part]): tensor
         for key, tensor in _read(places[key] for key in expected)
     }
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderTensors:
+    """The tensors of the decoder's process, as stored, by what takes them."""
+
+    language: dict[str, torch.Tensor]
+    """Below `model.`, and `lm_head.weight` if the embeddings are not tied: `Phi4Decoder`, and `embed_tokens.weight`."""
+    audio_projection: dict[str, torch.Tensor]
+    """Below `model.embed_tokens_extend.audio_embed.`: `AudioProjection`."""
+    image_projection: dict[str, torch.Tensor]
+    """Below `model.embed_tokens_extend.image_embed.`, the separators too: `VisionProjection`."""
+
+
+def load_decoder(directory: Path) -> DecoderTensors:
+    """Return the tensors of the part "decoder", which has the projections of both encoders.
+
+    Raises:
+        ModelError: as `load_part`.
+    """
+    tensors = load_part(directory, "decoder")
+    prefixes = (AUDIO_PROJECTION_PREFIX, IMAGE_PROJECTION_PREFIX)
+    audio, image = (_below(tensors, prefix) for prefix in prefixes)
+    language = {key: tensor for key, tensor in tensors.items() if not key.startswith(prefixes)}
+    return DecoderTensors(language, audio, image)
 
 
 def load_adapter(directory: Path, name: AdapterName) -> LoraWeights:
@@ -135,6 +163,10 @@ class _Entry:
     adapter: AdapterName | None
     shape: tuple[int, ...]
     dtype: str
+
+
+def _below(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
 
 
 def _config_path(directory: Path) -> Path:

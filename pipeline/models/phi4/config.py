@@ -6,6 +6,7 @@ this project does not compute (other activations, dropout, chunked attention) is
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,8 @@ from pipeline.errors import ModelError
 
 MODEL_TYPE = "phi4_multimodal"
 _TIME_REDUCTION = 8
+_MIN_POSITIONS = 2  # the scale of cos and sin is divided by their logarithm
+_SAME = 1e-6  # of a number that a file may round
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +67,12 @@ class RopeConfig:
     long_factors: tuple[float, ...]
     original_max_positions: int
     max_positions: int
+
+
+def attention_factor(rope: RopeConfig) -> float:
+    """Return by what cos and sin are scaled, at all lengths: sqrt(1 + ln(max / original) / ln(original)), 1 or more."""
+    stretch = rope.max_positions / rope.original_max_positions
+    return math.sqrt(1 + math.log(stretch) / math.log(rope.original_max_positions)) if stretch > 1 else 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +166,12 @@ class _Section:
             if self._raw.get(key, value) != value:
                 raise ModelError(f"{self._name}.{key} is {self._raw[key]!r}; only {value!r} is computed here")
 
+    def require_close(self, **expected: float) -> None:
+        """Refuse other numbers than these; a missing key is fine."""
+        for key, value in expected.items():
+            if self._raw.get(key) is not None and not math.isclose(self.number(key), value, rel_tol=_SAME):
+                raise ModelError(f"{self._name}.{key} is {self._raw[key]!r}; only {value:.6g} is computed here")
+
     def section(self, key: str) -> _Section:
         """Return a part of this part."""
         return _Section(self._raw, key)
@@ -213,11 +228,6 @@ def _read_vision(raw: _Section) -> VisionConfig:
 def _read_decoder(raw: _Section) -> DecoderConfig:
     raw.require(hidden_act="silu")
     width, num_heads = raw.count("hidden_size"), raw.count("num_attention_heads")
-    rope = raw.section("rope_parameters")
-    rope.require(rope_type="longrope")
-    share = rope.number("partial_rotary_factor")
-    num_factors = int(width // num_heads * share) // 2
-    original = rope.get("original_max_position_embeddings") or raw.count("original_max_position_embeddings")
     return DecoderConfig(
         width=width,
         ffn=raw.count("intermediate_size"),
@@ -228,12 +238,28 @@ def _read_decoder(raw: _Section) -> DecoderConfig:
         norm_eps=raw.number("rms_norm_eps"),
         has_tied_embeddings=bool(raw.get("tie_word_embeddings", default=False)),
         sliding_window=raw.get("sliding_window"),
-        rope=RopeConfig(
-            theta=rope.number("rope_theta"),
-            rotary_share=share,
-            short_factors=rope.factors("short_factor", num_factors),
-            long_factors=rope.factors("long_factor", num_factors),
-            original_max_positions=int(original),
-            max_positions=raw.count("max_position_embeddings"),
-        ),
+        rope=_read_rope(raw, width // num_heads),
     )
+
+
+def _read_rope(raw: _Section, head_width: int) -> RopeConfig:
+    rope = raw.section("rope_parameters")
+    rope.require(rope_type="longrope")
+    share = rope.number("partial_rotary_factor")
+    num_factors = int(head_width * share) // 2
+    has_own = rope.get("original_max_position_embeddings") is not None
+    found = RopeConfig(
+        theta=rope.number("rope_theta"),
+        rotary_share=share,
+        short_factors=rope.factors("short_factor", num_factors),
+        long_factors=rope.factors("long_factor", num_factors),
+        original_max_positions=(rope if has_own else raw).count("original_max_position_embeddings"),
+        max_positions=raw.count("max_position_embeddings"),
+    )
+    if found.original_max_positions < _MIN_POSITIONS:
+        raise ModelError(f"original_max_position_embeddings is {found.original_max_positions}, expected 2 or more")
+    # The reference takes these where they are set, and works them out where they are not. Only what it works out is
+    # computed here (`LongRope`), so a file may say the same and nothing else.
+    stretch = found.max_positions / found.original_max_positions
+    rope.require_close(factor=stretch, attention_factor=attention_factor(found))
+    return found

@@ -5,7 +5,8 @@ one table of relative biases, and a two-layer network into the decoder's width (
 Report", section 2.2, https://arxiv.org/abs/2503.01743). The reference is transformers' `Phi4MultimodalAudioEmbedding`
 run on each clip alone: in a batch it lets clips see each other's padding, and refuses those longer than a window.
 
-Clips are cut into windows of `AudioConfig.window_tokens`, and windows are what a batch consists of.
+Clips are cut into windows of `AudioConfig.window_tokens`, and windows are what a batch consists of: eight at most, so
+that a clip of half an hour needs no more memory than one of five minutes.
 """
 
 from __future__ import annotations
@@ -29,6 +30,9 @@ TOKEN_STEPS = 8
 """Steps of 10 ms in one token of 80 ms."""
 
 _NUM_HALVINGS = 3
+# A full window of the real model needs 100 MB in float32, its scores among them. A fixed number: results have the same
+# bits only at the same shapes.
+_MAX_WINDOWS = 8
 _SUBSAMPLING_KERNEL = 3
 
 
@@ -182,13 +186,17 @@ class ConformerEncoder:
         if not clips:
             raise ValueError("there are no clips to encode")
         windows = [window for clip in clips for window in self._windows(clip)]
-        lengths = [len(window) for window in windows]
-        padded = torch.nn.utils.rnn.pad_sequence(windows, batch_first=True)
-        bias = self._masked_bias(lengths)
+        batches = (windows[first : first + _MAX_WINDOWS] for first in range(0, len(windows), _MAX_WINDOWS))
+        found = (row for batch in batches for row in self._attend(batch))
+        return [self._join(found, num_tokens(len(clip))) for clip in clips]
+
+    def _attend(self, windows: Sequence[Tensor]) -> Tensor:
+        """Return [windows, longest, width]: what the blocks make of windows, which see only themselves."""
+        bias = self._masked_bias([len(window) for window in windows])
+        padded = torch.nn.utils.rnn.pad_sequence(list(windows), batch_first=True)
         for block in self._blocks:
             padded = block(padded, bias)
-        found = iter(padded)
-        return [self._join(found, num_tokens(len(clip))) for clip in clips]
+        return padded
 
     def _windows(self, clip: Tensor) -> list[Tensor]:
         """Return the tokens of a clip before the blocks, cut into windows.

@@ -116,7 +116,7 @@ class Phi4Decoder:
                 f"not computed here: use smaller slots"
             )
         self.config = config
-        self._device, self._dtype = device, dtype
+        self.device, self.dtype = device, dtype
         self._adapters = frozenset(adapters)
         self._rope = LongRope(config.rope, config.head_width, device)
         weights = CheckedTensors(tensors, device, dtype)
@@ -155,6 +155,21 @@ class Phi4Decoder:
         is_long = needs_long_factors(self.config.rope, num_prompt_tokens, max_new_tokens)
         return self.memory.open(slot, num_prompt_tokens + max_new_tokens, adapter, has_long_factors=is_long)
 
+    def renew(self, lease: Phi4Lease, num_prompt_tokens: int, max_new_tokens: int) -> Phi4Lease | None:
+        """Return a lease of the same slot and adapter for another prompt; what is in the slot stays there.
+
+        None, and `lease` as it was, if the other prompt has other rotary factors: no key would fit its queries.
+
+        Raises:
+            StageError: if the request would cross the position where the rotary factors change, or is too long.
+            ValueError: if it is larger than a slot.
+            RuntimeError: if `lease` has ended.
+        """
+        is_long = needs_long_factors(self.config.rope, num_prompt_tokens, max_new_tokens)
+        if is_long != lease.has_long_factors:
+            return None
+        return self.memory.renew(lease, num_prompt_tokens + max_new_tokens)
+
     def close(self, lease: Phi4Lease, *, is_spoilt: bool = False) -> None:
         """End a lease; `is_spoilt`: what was computed under it may not be finite."""
         self.memory.close(lease, is_spoilt=is_spoilt)
@@ -171,7 +186,7 @@ class Phi4Decoder:
             self._check(row)
         positions = [row.position + i for row in rows for i in range(len(row.inputs))]
         are_long = [row.lease.has_long_factors for row in rows for _ in range(len(row.inputs))]
-        cos, sin = self._rope.angles(positions, are_long, self._dtype)
+        cos, sin = self._rope.angles(positions, are_long, self.dtype)
         x = self._embed(rows)
         segments, adapted = self._segments(rows), self._adapted_tokens(rows)
         for index, layer in enumerate(self._layers):
@@ -202,11 +217,11 @@ class Phi4Decoder:
         tokens = [
             token for row in rows for token in ([0] * len(row.inputs) if isinstance(row.inputs, Tensor) else row.inputs)
         ]
-        x = self._embed_tokens[torch.tensor(tokens, device=self._device)]
+        x = self._embed_tokens[torch.tensor(tokens, device=self.device)]
         start = 0
         for row in rows:
             if isinstance(row.inputs, Tensor):
-                x[start : start + len(row.inputs)] = row.inputs.to(self._device, self._dtype)
+                x[start : start + len(row.inputs)] = row.inputs.to(self.device, self.dtype)
             start += len(row.inputs)
         return x
 
@@ -217,7 +232,7 @@ class Phi4Decoder:
             places = [place for place, other in enumerate(wanted) if other is adapter]
             if places and adapter is not Adapter.NONE:
                 is_all = len(places) == len(wanted)
-                index = None if is_all else torch.tensor(places, device=self._device)
+                index = None if is_all else torch.tensor(places, device=self.device)
                 found.append(AdapterTokens(adapter, index))
         return tuple(found)
 

@@ -1,4 +1,7 @@
-"""Names and shapes of every tensor of a Phi-4-multimodal checkpoint, by the part that needs it.
+"""Names and shapes of every tensor of a Phi-4-multimodal checkpoint, by the part that computes with it.
+
+A part is what one process holds: the audio encoder, the vision encoder, or the decoder with the networks that lead into
+it (both audio projections, the image projection and the separators). Every tensor belongs to one part or to none.
 
 Names are those of transformers' native `Phi4MultimodalForCausalLM` ("native keys"). The layout in which the model was
 first published (`model_type: phi4mm`, "original keys") differs in twelve places, wraps the projections of the decoder
@@ -24,11 +27,15 @@ PARTS: tuple[Part, ...] = ("audio", "vision", "decoder")
 ADAPTERS: tuple[AdapterName, ...] = ("speech", "vision")
 HEAD_KEY = "lm_head.weight"
 PREFIXES: dict[Part, str] = {
-    "audio": "model.embed_tokens_extend.audio_embed.",
-    "vision": "model.embed_tokens_extend.image_embed.",
+    "audio": "model.embed_tokens_extend.audio_embed.encoder.",
+    "vision": "model.embed_tokens_extend.image_embed.img_processor.",
     "decoder": "model.",
 }
 """What every key of a part begins with, but for the decoder's `lm_head.weight`."""
+AUDIO_PROJECTION_PREFIX = "embed_tokens_extend.audio_embed."
+"""What the audio projections' keys begin with below the decoder's prefix."""
+IMAGE_PROJECTION_PREFIX = "embed_tokens_extend.image_embed."
+"""What the keys of the image projection and of the separators begin with below the decoder's prefix."""
 
 
 # Shapes
@@ -40,9 +47,9 @@ def expected_shapes(config: Phi4Config, part: Part) -> Shapes:
     The decoder has its own `lm_head.weight` only where the embeddings are not tied.
     """
     shapes = {
-        "audio": lambda: _audio_shapes(config.audio, config.decoder.width),
-        "vision": lambda: _vision_shapes(config.vision, config.decoder.width),
-        "decoder": lambda: _decoder_shapes(config.decoder),
+        "audio": lambda: _audio_shapes(config.audio),
+        "vision": lambda: _vision_shapes(config.vision),
+        "decoder": lambda: _decoder_shapes(config.decoder) | _projection_shapes(config),
     }[part]()
     found = {f"{PREFIXES[part]}{name}": shape for name, shape in shapes.items()}
     if part == "decoder" and not config.decoder.has_tied_embeddings:
@@ -57,12 +64,11 @@ def unused_shapes(config: Phi4Config) -> Shapes:
     and the output projection where it is the embedding.
     """
     vision = config.vision
-    width, tower = vision.width, "img_processor."
+    width, head = vision.width, "head"
     shapes: Shapes = {}
     for index in range(vision.num_used_layers, vision.num_layers):
-        shapes |= _vision_layer_shapes(f"{tower}encoder.layers.{index}", vision)
-    shapes |= _pair(f"{tower}post_layernorm", (width,))
-    head = f"{tower}head"
+        shapes |= _vision_layer_shapes(f"encoder.layers.{index}", vision)
+    shapes |= _pair("post_layernorm", (width,))
     shapes[f"{head}.probe"] = (1, 1, width)
     shapes[f"{head}.attention.in_proj_weight"] = (3 * width, width)
     shapes[f"{head}.attention.in_proj_bias"] = (3 * width,)
@@ -87,25 +93,22 @@ def _pair(name: str, weight: tuple[int, ...]) -> Shapes:
     return {f"{name}.weight": weight, f"{name}.bias": weight[:1]}
 
 
-def _audio_shapes(audio: AudioConfig, decoder_width: int) -> Shapes:
+def _audio_shapes(audio: AudioConfig) -> Shapes:
     width, channels = audio.width, audio.conv_channels
-    shapes: Shapes = {f"encoder.encoder_embedding.global_{name}": (audio.num_mels,) for name in ("mean", "invstd")}
-    shapes |= _pair("encoder.embed.conv.0", (channels, 1, 3, 3))
+    shapes: Shapes = {f"encoder_embedding.global_{name}": (audio.num_mels,) for name in ("mean", "invstd")}
+    shapes |= _pair("embed.conv.0", (channels, 1, 3, 3))
     # The numbers left out are those of the ReLUs.
     for depthwise, pointwise in ((2, 3), (5, 6)):
-        shapes |= _pair(f"encoder.embed.conv.{depthwise}", (channels, 1, 3, 3))
-        shapes |= _pair(f"encoder.embed.conv.{pointwise}", (channels, channels, 1, 1))
+        shapes |= _pair(f"embed.conv.{depthwise}", (channels, 1, 3, 3))
+        shapes |= _pair(f"embed.conv.{pointwise}", (channels, channels, 1, 1))
     num_bands = audio.num_mels
     for _ in range(3):
         num_bands = (num_bands - 1) // 2 + 1
-    shapes |= _pair("encoder.embed.out", (width, channels * num_bands))
+    shapes |= _pair("embed.out", (width, channels * num_bands))
     num_buckets = audio.bias_max_distance * (1 if audio.is_bias_symmetric else 2)
-    shapes["encoder.relative_attention_bias_layer.bias_values.weight"] = (num_buckets, audio.num_heads)
+    shapes["relative_attention_bias_layer.bias_values.weight"] = (num_buckets, audio.num_heads)
     for index in range(audio.num_blocks):
-        shapes |= _audio_block_shapes(f"encoder.encoders.{index}", audio)
-    for mode in ("speech", "vision_speech"):
-        shapes |= _pair(f"up_proj_for_{mode}", (decoder_width, width))
-        shapes |= _pair(f"down_proj_for_{mode}", (decoder_width, decoder_width))
+        shapes |= _audio_block_shapes(f"encoders.{index}", audio)
     return shapes
 
 
@@ -127,16 +130,13 @@ def _audio_block_shapes(block: str, audio: AudioConfig) -> Shapes:
     return shapes | _pair(f"{conv}.ext_pw_conv_1d", (pointwise, width, 1))
 
 
-def _vision_shapes(vision: VisionConfig, decoder_width: int) -> Shapes:
-    width, patch, tower = vision.width, vision.patch_size, "img_processor."
-    shapes = _pair(f"{tower}embeddings.patch_embedding", (width, vision.num_channels, patch, patch))
-    shapes[f"{tower}embeddings.position_embedding.weight"] = ((vision.crop_size // patch) ** 2, width)
+def _vision_shapes(vision: VisionConfig) -> Shapes:
+    width, patch = vision.width, vision.patch_size
+    shapes = _pair("embeddings.patch_embedding", (width, vision.num_channels, patch, patch))
+    shapes["embeddings.position_embedding.weight"] = ((vision.crop_size // patch) ** 2, width)
     for index in range(vision.num_used_layers):
-        shapes |= _vision_layer_shapes(f"{tower}encoder.layers.{index}", vision)
-    shapes["global_img_feature_extensor"] = (1, 1, width)
-    shapes["sub_img_feature_extensor"] = (1, 1, 1, width)
-    shapes |= _pair("img_projection_up", (decoder_width, width))
-    return shapes | _pair("img_projection_down", (decoder_width, decoder_width))
+        shapes |= _vision_layer_shapes(f"encoder.layers.{index}", vision)
+    return shapes
 
 
 def _vision_layer_shapes(layer: str, vision: VisionConfig) -> Shapes:
@@ -145,6 +145,19 @@ def _vision_layer_shapes(layer: str, vision: VisionConfig) -> Shapes:
     for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
         shapes |= _pair(f"{layer}.self_attn.{name}", (width, width))
     return shapes | _pair(f"{layer}.mlp.fc1", (vision.ffn, width)) | _pair(f"{layer}.mlp.fc2", (width, vision.ffn))
+
+
+def _projection_shapes(config: Phi4Config) -> Shapes:
+    """Return the shapes of what leads from either encoder into the decoder."""
+    outer, audio_width, image_width = config.decoder.width, config.audio.width, config.vision.width
+    shapes: Shapes = {}
+    for mode in ("speech", "vision_speech"):
+        shapes |= _pair(f"{AUDIO_PROJECTION_PREFIX}up_proj_for_{mode}", (outer, audio_width))
+        shapes |= _pair(f"{AUDIO_PROJECTION_PREFIX}down_proj_for_{mode}", (outer, outer))
+    shapes[f"{IMAGE_PROJECTION_PREFIX}global_img_feature_extensor"] = (1, 1, image_width)
+    shapes[f"{IMAGE_PROJECTION_PREFIX}sub_img_feature_extensor"] = (1, 1, 1, image_width)
+    shapes |= _pair(f"{IMAGE_PROJECTION_PREFIX}img_projection_up", (outer, image_width))
+    return shapes | _pair(f"{IMAGE_PROJECTION_PREFIX}img_projection_down", (outer, outer))
 
 
 def _decoder_shapes(decoder: DecoderConfig) -> Shapes:
@@ -288,6 +301,7 @@ def native_config(original: Mapping[str, Any]) -> dict[str, Any]:
         "short_factor": scaling.get("short_factor"),
         "long_factor": scaling.get("long_factor"),
         "original_max_position_embeddings": original.get("original_max_position_embeddings"),
+        **{key: scaling[key] for key in ("factor", "attention_factor") if scaling.get(key) is not None},
     }
     if original.get("eos_token_id") == _FIRST_END:
         # The published file tells one of the two tokens that end a text.

@@ -7,14 +7,12 @@ numbers have the dtype of the weights (bfloat16: 128 KiB a token of the real mod
 
 from __future__ import annotations
 
-import math
-import mmap
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
 from pipeline.decode.runner import Lease
+from pipeline.decode.slots import SlotLeases, lazy_zeros
 from pipeline.models.phi4.lora import Adapter
 
 
@@ -46,14 +44,13 @@ class Phi4KvMemory:
         self.num_slots, self.max_tokens = num_slots, max_tokens
         shape = (num_layers, num_slots, num_heads, max_tokens, head_width)
         # Zeros, not whatever was there: masked places are multiplied by zero, and zero times infinity is not zero.
-        self.keys, self.values = _zeros(shape, device, dtype), _zeros(shape, device, dtype)
-        self._generations = [0] * num_slots
-        self._is_open = [False] * num_slots
+        self.keys, self.values = lazy_zeros(shape, device, dtype), lazy_zeros(shape, device, dtype)
+        self._leases = SlotLeases(num_slots)
 
     @property
     def num_open(self) -> int:
         """Slots that are leased."""
-        return sum(self._is_open)
+        return self._leases.num_open
 
     def open(self, slot: int, token_capacity: int, adapter: Adapter, *, has_long_factors: bool) -> Phi4Lease:
         """Lease `slot`.
@@ -62,15 +59,20 @@ class Phi4KvMemory:
             ValueError: if the request is larger than a slot.
             RuntimeError: if the slot is leased already.
         """
-        if not 1 <= token_capacity <= self.max_tokens:
-            raise ValueError(f"{token_capacity} tokens do not fit a slot of {self.max_tokens}")
-        if self._is_open[slot]:
-            raise RuntimeError(f"slot {slot} is leased already (generation {self._generations[slot]})")
-        self._is_open[slot] = True
-        self._generations[slot] += 1
-        return Phi4Lease(
-            slot, self._generations[slot], token_capacity, 0, adapter=adapter, has_long_factors=has_long_factors
-        )
+        self._check_capacity(token_capacity)
+        generation = self._leases.open(slot)
+        return Phi4Lease(slot, generation, token_capacity, 0, adapter=adapter, has_long_factors=has_long_factors)
+
+    def renew(self, lease: Phi4Lease, token_capacity: int) -> Phi4Lease:
+        """End `lease` and return a new one of its slot, which keeps what is in it.
+
+        Raises:
+            ValueError: if the request is larger than a slot; `lease` is as it was.
+            RuntimeError: if it has ended already.
+        """
+        self._check_capacity(token_capacity)
+        self._leases.close(lease)
+        return replace(lease, generation=self._leases.open(lease.slot), token_capacity=token_capacity)
 
     def close(self, lease: Lease, *, is_spoilt: bool = False) -> None:
         """End `lease`; its slot can be opened again, and is wiped first if numbers in it may not be finite.
@@ -78,8 +80,7 @@ class Phi4KvMemory:
         Raises:
             RuntimeError: if it has ended already.
         """
-        self.check(lease)
-        self._is_open[lease.slot] = False
+        self._leases.close(lease)
         if is_spoilt:
             self.keys[:, lease.slot] = 0.0
             self.values[:, lease.slot] = 0.0
@@ -90,13 +91,8 @@ class Phi4KvMemory:
         Raises:
             RuntimeError: if it has ended.
         """
-        if not self._is_open[lease.slot] or self._generations[lease.slot] != lease.generation:
-            raise RuntimeError(f"the lease of slot {lease.slot}, generation {lease.generation}, has ended")
+        self._leases.check(lease)
 
-
-def _zeros(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Return zeros; on a CPU in pages that are committed when they are first written."""
-    if device.type != "cpu":
-        return torch.zeros(shape, device=device, dtype=dtype)
-    pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return torch.frombuffer(pages, dtype=dtype).view(shape)
+    def _check_capacity(self, token_capacity: int) -> None:
+        if not 1 <= token_capacity <= self.max_tokens:
+            raise ValueError(f"{token_capacity} tokens do not fit a slot of {self.max_tokens}")

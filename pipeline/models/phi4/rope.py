@@ -7,14 +7,13 @@ changes: keys in the memory are rotated already, and those of one set do not fit
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from pipeline.errors import StageError
-from pipeline.models.phi4.config import RopeConfig
+from pipeline.models.phi4.config import RopeConfig, attention_factor
 
 
 def needs_long_factors(rope: RopeConfig, num_prompt_tokens: int, max_new_tokens: int) -> bool:
@@ -38,19 +37,14 @@ def needs_long_factors(rope: RopeConfig, num_prompt_tokens: int, max_new_tokens:
 
 
 class LongRope:
-    """The frequencies of both sets of factors.
-
-    cos and sin are scaled at all lengths, short ones too, by sqrt(1 + ln(max / original) / ln(original)).
-    """
+    """The frequencies of both sets of factors; cos and sin are scaled by one `attention_factor` at all lengths."""
 
     def __init__(self, rope: RopeConfig, head_width: int, device: torch.device) -> None:
         width = int(head_width * rope.rotary_share)
         powers = rope.theta ** (torch.arange(0, width, 2).float() / width)
         factors = torch.tensor([rope.short_factors, rope.long_factors])
         self._frequencies = (1.0 / (factors * powers)).to(device)  # [2, width / 2]
-        stretch = rope.max_positions / rope.original_max_positions
-        is_stretched = stretch > 1
-        self._scale = math.sqrt(1 + math.log(stretch) / math.log(rope.original_max_positions)) if is_stretched else 1.0
+        self._scale = attention_factor(rope)
 
     def angles(self, positions: Sequence[int], are_long: Sequence[bool], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return scaled cos and sin, each `dtype`[n, 1, rotary width], of n positions with their sets of factors."""

@@ -4,26 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from pipeline.decode.prompting import Question
 from pipeline.decode.sequence import Prompt
 from pipeline.items import Task, TaskKind
 from pipeline.models.whisper.tokenizer import WhisperTokenizer
 
 
 class WhisperPrompter:
-    """Implements `pipeline.decode.embeddings_to_hypotheses.Prompter`."""
+    """Implements `pipeline.decode.prompting.Prompter`."""
 
     def __init__(self, tokenizer: WhisperTokenizer) -> None:
         self._tokenizer = tokenizer
-        self.eot = tokenizer.eot
+        self.ends = frozenset({tokenizer.eot})
+        self.num_text_tokens = tokenizer.eot
+        self.tasks = frozenset({TaskKind.TRANSCRIBE, TaskKind.TRANSLATE})
         self.languages = tokenizer.languages
         self.translates_to: tuple[str, ...] = ("en",) if tokenizer.is_multilingual else ()
 
-    def prompt(self, task: Task, language: str | None, languages: Sequence[str], guess: str | None) -> Prompt:
-        """Return the prompt of `task` in `language`; None is to be detected among `languages` (empty: all).
+    def prompt(self, question: Question) -> Prompt:
+        """Return the prompt of a transcription or a translation to English.
 
         Raises:
-            ValueError: if the model knows none of the languages.
+            ValueError: if the model knows none of the languages, or the task is another one.
         """
+        task, language = question.task, question.language
+        if task.kind not in self.tasks:
+            raise ValueError(f"Whisper cannot {task.kind}: it transcribes and translates")
         tokenizer = self._tokenizer
         if not tokenizer.is_multilingual:
             if language not in {None, "en"}:
@@ -32,16 +38,20 @@ class WhisperPrompter:
         task_token = tokenizer.transcribe if task.kind is TaskKind.TRANSCRIBE else tokenizer.translate
         choices: tuple[int, ...] = ()
         if language is None:
-            known = [code for code in languages or self.languages if code in self.languages]
+            known = [code for code in question.languages or self.languages if code in self.languages]
             if not known:
-                raise ValueError(f"none of the languages {', '.join(languages)} is one of this model's")
+                raise ValueError(f"none of the languages {', '.join(question.languages)} is one of this model's")
             choices = tuple(tokenizer.language_token(code) for code in known)
-            language = guess if guess in known else known[0]
+            language = question.guess if question.guess in known else known[0]
         return Prompt((tokenizer.sot, tokenizer.language_token(language), task_token, tokenizer.no_timestamps), choices)
 
-    def language_of_prompt(self, prompt: Sequence[int]) -> str:
+    def language_of(self, question: Question, prompt: Sequence[int]) -> str:  # noqa: ARG002 - the prompt says it
         """Return the ISO code of the language that `prompt` names."""
         return self._tokenizer.language_of(prompt[1]) if self._tokenizer.is_multilingual else "en"
+
+    def text_of(self, task: Task, tokens: Sequence[int]) -> str:  # noqa: ARG002 - all of it, whatever the task
+        """Return the text of `tokens`."""
+        return self.decode(tokens)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Return the text of `tokens`."""

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipeline.decode.embeddings_to_hypotheses import DecoderParts
-from pipeline.decode.runner import Lease, Pick, Row, RowResult, StartReading, TimedText
+from pipeline.decode.prompting import DecoderParts
+from pipeline.decode.runner import Context, Lease, Pick, Row, RowResult, StartReading, TimedText
 from pipeline.errors import StageError
 from pipeline.items import Word
 from pipeline.models.device import Clock, check_final_arithmetic, choose_device, choose_partial_arithmetic
@@ -57,22 +57,60 @@ class WhisperRunner:
         self._suppressed = self._pickable(config.suppress_tokens)
         self._suppressed_at_begin = self._pickable((*config.suppress_tokens, *config.begin_suppress_tokens))
         self.num_slots = num_slots
-        self.max_tokens = config.max_target_positions
-        self.max_context_positions = max_context_positions or config.max_source_positions
-        self.context_width = config.width
+        self.has_one_arithmetic = False  # never supposed: finals are bounded in what may go along with them
+        self._max_tokens = config.max_target_positions
+        self._max_context_positions = max_context_positions or config.max_source_positions
+        self._context_width = config.width
         # A token takes attention, twice, and an MLP of every layer; a position of context two projections.
-        self.context_positions_per_token = max(1, (6 * config.width + 2 * config.decoder_ffn) // (2 * config.width))
+        self._context_positions_per_token = max(1, (6 * config.width + 2 * config.decoder_ffn) // (2 * config.width))
 
-    def open(self, slot: int, embeddings: NDArray[np.float32], num_tokens: int, *, is_exact: bool) -> Lease:
-        """Lease `slot` and project `embeddings` to its context keys and values.
+    def check(self, context: Context) -> None:
+        """Check that there is sound, float32[n, width] of finite numbers that fit a slot, and nothing else.
 
         Raises:
-            ValueError: if either does not fit the slot.
+            ValueError: if not.
         """
+        if context.sound is None or context.pictures is not None:
+            raise ValueError("Whisper hears sound and sees no pictures")
+        values = context.sound.values
+        if values.dtype != np.float32 or values.ndim != 2 or values.shape[1] != self._context_width:
+            raise ValueError(
+                f"the embeddings are {values.dtype}{list(values.shape)}, expected float32[n, {self._context_width}]"
+            )
+        if not 1 <= len(values) <= self._max_context_positions:
+            raise ValueError(
+                f"{len(values)} positions of embeddings, the decoder takes 1 to {self._max_context_positions}"
+            )
+        if not np.isfinite(values).all():
+            raise ValueError("the embeddings have values that are not finite")
+
+    def context_cost(self, context: Context) -> int:
+        """Return what it costs to project `context` to keys and values, in tokens' worth."""
+        num_positions = 0 if context.sound is None else len(context.sound.values)
+        return math.ceil(num_positions / self._context_positions_per_token)
+
+    def max_new_tokens(self, num_prompt_tokens: int) -> int:
+        """Return how many tokens the model has places for behind a prompt of `num_prompt_tokens`."""
+        return self._max_tokens - num_prompt_tokens
+
+    def open(
+        self, slot: int, context: Context, num_prompt_tokens: int, max_new_tokens: int, *, is_exact: bool
+    ) -> Lease:
+        """Lease `slot` and project the sound's embeddings to its context keys and values.
+
+        Raises:
+            ValueError: if something does not fit the slot, or there is no sound.
+        """
+        if context.sound is None:
+            raise ValueError("Whisper needs sound")
         with torch.inference_mode():
             # Copied: what arrives from another process may be read-only, which torch warns of.
-            context = torch.tensor(embeddings, device=self._device)
-            return self.decoder.open(slot, context, num_tokens, is_exact=is_exact)
+            positions = torch.tensor(context.sound.values, device=self._device)
+            return self.decoder.open(slot, positions, num_prompt_tokens + max_new_tokens, is_exact=is_exact)
+
+    def renew(self, lease: Lease, num_prompt_tokens: int, max_new_tokens: int) -> Lease | None:
+        """Return `lease` itself if it has room for that, else None."""
+        return lease if num_prompt_tokens + max_new_tokens <= lease.token_capacity else None
 
     def close(self, lease: Lease, *, is_spoilt: bool = False) -> None:
         """End `lease`; `is_spoilt`: what was computed under it may not be finite."""

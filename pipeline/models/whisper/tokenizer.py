@@ -21,6 +21,7 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 
 from pipeline.errors import ModelError
+from pipeline.models.byte_level import BYTE_OF
 from pipeline.models.weights import ModelFiles, ModelParams, check_hashes, locate_model, read_json
 
 _LANGUAGE_TOKEN = re.compile(r"<\|([a-z]{2,3})\|>")
@@ -34,16 +35,6 @@ _ISO_OF_WHISPER = {"jw": "jv"}
 _Utf8Decoder = codecs.getincrementaldecoder("utf-8")
 # GPT-2's vocabulary, which English-only models keep, ends here; the multilingual one has one token more.
 _ENGLISH_ONLY_EOT = 50_256
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """Return the byte that each character of a byte-level vocabulary stands for (GPT-2's `bytes_to_unicode`)."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + rank): byte for rank, byte in enumerate(others)}
-
-
-_BYTE_OF = _byte_alphabet()
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +152,7 @@ class WhisperTokenizer:
         known = self._bytes.get(token)
         if known is None:
             name = self._tokenizer.id_to_token(token) or ""
-            known = self._bytes[token] = bytes(_BYTE_OF[character] for character in name if character in _BYTE_OF)
+            known = self._bytes[token] = bytes(BYTE_OF[character] for character in name if character in BYTE_OF)
         return known
 
     def _special(self, *names: str) -> int:
