@@ -27,6 +27,8 @@ from pipeline.models.phi4.tiny import save_adapter, write_json
 
 _HEAD_WIDTH = 128
 _SHARED_QUERIES = 3
+GROUP_WIDTH = _HEAD_WIDTH * _SHARED_QUERIES
+"""What the width of a scaled model is a multiple of."""
 _ROTARY_SHARE = 0.75
 _ORIGINAL_POSITIONS, _MAX_POSITIONS = 4_096, 131_072
 _LARGEST_FACTOR = 47.77
@@ -58,16 +60,15 @@ def scaled_config(size: ScaledSize) -> dict[str, Any]:
     Raises:
         ValueError: if the width is not a multiple of 384: three heads of 128.
     """
-    group = _HEAD_WIDTH * _SHARED_QUERIES
-    if size.width % group:
-        raise ValueError(f"width is {size.width}, expected a multiple of {group}")
+    if size.width % GROUP_WIDTH:
+        raise ValueError(f"width is {size.width}, expected a multiple of {GROUP_WIDTH}")
     decoder = {
         "vocab_size": _VOCABULARY,
         "hidden_size": size.width,
         "intermediate_size": size.width * 8 // 3,
         "num_hidden_layers": size.num_layers,
         "num_attention_heads": size.width // _HEAD_WIDTH,
-        "num_key_value_heads": size.width // group,
+        "num_key_value_heads": size.width // GROUP_WIDTH,
     }
     audio_width, vision_width = size.width // 3, size.width * 3 // 8
     audio = {
