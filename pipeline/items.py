@@ -38,6 +38,9 @@ class Task:
 
 TRANSCRIBE = Task(TaskKind.TRANSCRIBE)
 
+UNDETERMINED = "und"
+"""The language of speech, of which nobody says what it is (BCP 47)."""
+
 
 @dataclass(frozen=True, slots=True)
 class Chunk:

@@ -21,8 +21,10 @@ from transformers import (
 
 from pipeline.errors import ModelError
 from pipeline.models.phi4 import checkpoint
-from pipeline.models.phi4.checkpoint import load_adapter, load_config, load_part
+from pipeline.models.phi4.checkpoint import load_adapter, load_config, load_decoder, load_part
 from pipeline.models.phi4.config import Phi4Config, read_config
+from pipeline.models.phi4.conformer import AudioProjection
+from pipeline.models.phi4.decoder import Phi4Decoder
 from pipeline.models.phi4.keys import (
     ADAPTERS,
     HEAD_KEY,
@@ -36,6 +38,7 @@ from pipeline.models.phi4.keys import (
     original_key,
     unused_shapes,
 )
+from pipeline.models.phi4.siglip import VisionProjection
 from pipeline.models.phi4.tiny import Layout, make_tiny
 
 FACTORS = {"short_factor": [1.0] * 48, "long_factor": [1.0 + index for index in range(48)]}
@@ -329,6 +332,20 @@ def test_what_the_other_parts_hold_changes_nothing(native: Path, tmp_path: Path,
     rewrite(directory, spoil)
     expected, found = load_part(native, part), load_part(directory, part)
     assert all(torch.equal(expected[key], found[key]) for key in expected)
+
+
+@pytest.mark.parametrize("layout", ["native", "original"])
+def test_what_leads_into_the_decoder_is_loaded_with_it(native: Path, original: Path, layout: Layout) -> None:
+    directory = native if layout == "native" else original
+    tensors, every = load_decoder(directory), load_part(directory, "decoder")
+    config = load_config(directory)
+    Phi4Decoder(config.decoder, tensors.language, {}, num_slots=1, max_tokens=8, device=torch.device("cpu"))
+    AudioProjection(config, tensors.audio_projection)
+    VisionProjection(config.vision, tensors.image_projection)
+    assert len(tensors.audio_projection) == 2 * 2 * 2
+    assert len(tensors.image_projection) == 2 * 2 + 2
+    assert len(tensors.language) + 8 + 6 == len(every)
+    assert not any("extend" in key for key in tensors.language)
 
 
 def test_the_native_adapter_may_carry_the_prefix_of_peft(native: Path, tmp_path: Path) -> None:

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 from transformers import Phi4MultimodalAudioConfig, Phi4MultimodalConfig, Phi4MultimodalVisionConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from pipeline.errors import ModelError
-from pipeline.models.phi4.config import read_config
+from pipeline.models.phi4.config import attention_factor, read_config
 
 ROPE = {
     "rope_type": "longrope",
@@ -48,6 +49,17 @@ def test_the_real_model_is_read(raw: dict[str, Any]) -> None:
     assert config.end_tokens == (199_999, 200_020)
 
 
+def test_the_scale_of_the_rotary_positions_may_be_told_or_left_out(raw: dict[str, Any]) -> None:
+    expected = read_config(raw)
+    rope = raw["rope_parameters"]
+    reference = ROPE_INIT_FUNCTIONS["longrope"](Phi4MultimodalConfig.from_dict(raw))[1]
+    assert attention_factor(expected.decoder.rope) == pytest.approx(reference, rel=1e-12)
+    rope["attention_factor"] = reference
+    assert read_config(raw) == expected
+    del rope["factor"], rope["attention_factor"]
+    assert read_config(raw) == expected
+
+
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
@@ -59,6 +71,10 @@ def test_the_real_model_is_read(raw: dict[str, Any]) -> None:
         (("vision_config", "layer_norm_eps"), "small", "layer_norm_eps is 'small'"),
         (("rope_parameters", "rope_type"), "yarn", "rope_type is 'yarn'"),
         (("rope_parameters", "long_factor"), [1.0] * 47, "long_factor must be 48 numbers"),
+        (("rope_parameters", "factor"), 16.0, r"rope_parameters.factor is 16.0; only 32 is"),
+        (("rope_parameters", "attention_factor"), 1.0, r"attention_factor is 1.0; only 1.19024 is"),
+        (("rope_parameters", "original_max_position_embeddings"), 1, "is 1, expected 2 or more"),
+        (("rope_parameters", "original_max_position_embeddings"), "many", "is 'many', expected a positive"),
         (("eos_token_id",), "end", "eos_token_id is 'end'"),
     ],
 )

@@ -200,14 +200,15 @@ def test_a_question_that_lacks_its_subject_is_refused(prompter: Phi4Prompter, qu
     [
         (ask(TRANSCRIBE), "und"),
         (ask(TRANSCRIBE, language="it"), "it"),
-        (ask(TO_GERMAN, language="en"), "de"),
+        (ask(TO_GERMAN, language="en"), "en"),
+        (ask(TO_GERMAN), "und"),
         (ask(SUMMARISE, language="it"), "en"),
         (ask(DESCRIBE), "en"),
         (ask(ANSWER), "en"),
     ],
 )
-def test_the_language_of_an_answer_is_told(prompter: Phi4Prompter, question: Question, language: str) -> None:
-    assert prompter.language_of(question) == language
+def test_the_language_heard_or_answered_in_is_told(prompter: Phi4Prompter, question: Question, language: str) -> None:
+    assert prompter.language_of(question, ()) == language
 
 
 def test_a_text_ends_at_both_ends_whatever_the_config_names(tokenizer: Phi4Tokenizer, config: Phi4Config) -> None:

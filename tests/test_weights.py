@@ -15,17 +15,17 @@ import pytest
 from pydantic import ValidationError
 
 from pipeline.errors import ModelError, WeightsHashError
+from pipeline.models import weights
 from pipeline.models.hub import download_snapshot
+from pipeline.models.inventory import list_models, verify_model
 from pipeline.models.known import WHISPER_BASE
 from pipeline.models.weights import (
     ModelParams,
     check_hashes,
-    list_models,
     locate_model,
     pull_model,
     read_json,
     sha256_of_file,
-    verify_model,
 )
 
 PINNED = {
@@ -189,6 +189,9 @@ HUB_FILES = {
     "model.safetensors": b"weights" * 1_000,
     "pytorch_model.bin": b"code in disguise",
     "modeling_custom.py": b"raise SystemExit",
+    "vision-lora/adapter_config.json": b"{}",
+    "vision-lora/adapter_model.safetensors": b"adapter" * 1_000,
+    "vision-lora/tokenizer.json": b"a copy",
 }
 
 
@@ -260,6 +263,22 @@ def test_a_pull_fetches_safetensors_and_no_code(hub: str, tmp_path: Path) -> Non
     assert told[0][1:] == (0, total)
     assert told[-1] == ("", total, total)
     assert [done for _, done, _ in told] == sorted(done for _, done, _ in told)
+
+
+def test_a_pull_fetches_adapters_into_their_folders(hub: str, tmp_path: Path) -> None:
+    directory = download_snapshot("org/name", None, weights.CHECKPOINT_PATTERNS, endpoint=hub, cache_dir=tmp_path)
+    adapters = {name for name in HUB_FILES if name.startswith("vision-lora/adapter")}
+    found = {str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()}
+    assert found == {*PATTERNS, *adapters}
+    assert {path.relative_to(directory).as_posix() for path in locate_model(str(directory)).adapters} == adapters
+    (directory / "vision-lora/adapter_model.safetensors").resolve().write_bytes(b"damaged")
+    report = verify_model(str(directory))
+    assert [file.path.name for file in report.files if file.is_ok is False] == ["adapter_model.safetensors"]
+
+
+def test_adapters_alone_are_no_checkpoint(hub: str, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"no model\.safetensors"):
+        download_snapshot("org/name", None, ("config.json", "vision-lora/*"), endpoint=hub, cache_dir=tmp_path)
 
 
 def test_a_damaged_file_of_the_hubs_cache_is_found_by_its_name(hub: str, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from typer.core import TyperCommand
@@ -188,6 +188,21 @@ def models_verify(
     from actors.cli.models import verify  # noqa: PLC0415
 
     raise typer.Exit(verify(name, revision))
+
+
+@models_app.command("make-tiny")
+def models_make_tiny(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A new or empty directory, or one made by this.")],
+    layout: Annotated[
+        Literal["native", "original"],
+        typer.Option("--layout", help="As transformers has it, or as it was first published."),
+    ] = "native",
+    seed: Annotated[int, typer.Option("--seed", min=0, help="One seed gives the same weights in both layouts.")] = 0,
+) -> None:
+    """Write a phi4 checkpoint of random weights: all of the real one but its size and sense, to try the tier with."""
+    from actors.cli.models import write_tiny  # noqa: PLC0415
+
+    write_tiny(directory, layout, seed)
 
 
 @config_app.command("show")

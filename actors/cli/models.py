@@ -1,20 +1,24 @@
-"""`surtitle models`: list, pull, verify."""
+"""`surtitle models`: list, pull, verify, make-tiny."""
 
 from __future__ import annotations
 
 import sys
+from pathlib import Path
+from typing import Literal
 
 import typer
 
 from actors.cli.console import note, progress
-from pipeline.models.weights import list_models, pull_model, verify_model
+from pipeline.models.inventory import list_models, verify_model
+from pipeline.models.weights import pull_model
 
 
 def show_models() -> None:
     """Print one line a model."""
     for info in list_models():
         state = "installed" if info.is_installed else "not installed"
-        typer.echo(f"{info.name}\t{state}\t{info.num_bytes / 1e6:.0f} MB\t{info.licence}\t{info.description}")
+        kind = f"tier {info.tier}, {info.layout} layout"
+        typer.echo(f"{info.name}\t{state}\t{info.num_bytes / 1e6:.0f} MB\t{info.licence}\t{info.description}; {kind}")
         if info.location is not None:
             typer.echo(f"    {info.location}")
 
@@ -51,9 +55,29 @@ def verify(name: str, revision: str | None) -> int:
     """
     with progress(f"hashing the files of {name}"):
         report = verify_model(name, revision)
+    note(f"{name}: tier {report.tier}, {report.layout} layout")
     for file in report.files:
         state = {True: "ok", False: "WRONG", None: "no hash is known"}[file.is_ok]
         typer.echo(f"{state}\t{file.sha256}\t{file.num_bytes}\t{file.path}")
         if file.is_ok is False:
             note(f"surtitle: {file.path} is not the pinned file: expected sha256 {file.expected_sha256}")
     return 0 if report.is_ok else 1
+
+
+def write_tiny(directory: Path, layout: Literal["native", "original"], seed: int) -> None:
+    """Write a random phi4 checkpoint, then print one line a file and what is in them.
+
+    Raises:
+        ModelError: if the directory holds something else, or cannot be written.
+    """
+    with progress("writing a tiny checkpoint"):
+        from pipeline.models.phi4.tiny import write_tiny_checkpoint  # noqa: PLC0415 - torch takes 3 s to import
+
+        tiny = write_tiny_checkpoint(directory, seed, layout)
+    for path in tiny.paths:
+        typer.echo(f"{path.stat().st_size}\t{path}")
+    num_bytes = sum(path.stat().st_size for path in tiny.paths)
+    note(
+        f"{directory}: tier phi4, {layout} layout, seed {seed}: {len(tiny.paths)} files, "
+        f"{tiny.num_parameters} random parameters, {num_bytes} bytes"
+    )

@@ -12,7 +12,17 @@ from pipeline.decode.prompting import DecoderParts, Question
 from pipeline.decode.runner import Context, Lease, StartReading
 from pipeline.decode.scheduler import Priority
 from pipeline.decode.sequence import Limits, Prompt, TokenSequence
-from pipeline.items import TRANSCRIBE, DecodeRequest, Failure, FailureKind, Hypothesis, Outcome, Task, TaskKind
+from pipeline.items import (
+    TRANSCRIBE,
+    UNDETERMINED,
+    DecodeRequest,
+    Failure,
+    FailureKind,
+    Hypothesis,
+    Outcome,
+    Task,
+    TaskKind,
+)
 
 _OF_SPEECH = frozenset({TaskKind.TRANSCRIBE, TaskKind.TRANSLATE})
 _PRIORITIES = {
@@ -146,7 +156,9 @@ class ActiveRequest:
         language = self.request.language
         transcript: tuple[int, ...] = ()
         if transcription is not None:
-            language, transcript = transcription.language, transcription.tokens
+            transcript = transcription.tokens
+            if transcription.language != UNDETERMINED:
+                language = transcription.language
         asked = self._ask(task, language, None, transcript)
         tokens = asked.prompt.tokens
         num_cached, start = 0, None
@@ -178,8 +190,8 @@ class ActiveRequest:
         room = self._parts.runner.max_new_tokens(num_prompt_tokens) - 1
         if room < 1:
             raise ValueError(
-                f"the prompt has {num_prompt_tokens} tokens, with those of sound, pictures and text given, which leaves "
-                "no room for text in a slot of the decoder"
+                f"the prompt has {num_prompt_tokens} tokens, with those of sound, pictures and text given, which "
+                "leaves no room for text in a slot of the decoder"
             )
         guards, num_samples = self._params.guards, self.num_audio_samples
         is_speech = task.kind in _OF_SPEECH

@@ -69,14 +69,16 @@ def _fetch(
         for file in info.siblings or ()
         if any(fnmatchcase(file.rfilename, pattern) for pattern in patterns)
     }
-    if not any(path.endswith(".safetensors") for path in sizes):
+    # Adapters, which lie in folders, are no checkpoint.
+    if not any(path.endswith(".safetensors") and "/" not in path for path in sizes):
         raise ModelError(f"{name} has no model.safetensors; other weight formats can run code and are not fetched")
     num_bytes_done, num_bytes = 0, sum(sizes.values())
     directory = Path()
     for path in sorted(sizes):
         if progress is not None:
             progress(path, num_bytes_done, num_bytes)
-        directory = Path(hf_hub_download(name, path, revision=info.sha, endpoint=endpoint, cache_dir=cache_dir)).parent
+        local = Path(hf_hub_download(name, path, revision=info.sha, endpoint=endpoint, cache_dir=cache_dir))
+        directory = local.parents[path.count("/")]
         num_bytes_done += sizes[path]
     if progress is not None:
         progress("", num_bytes, num_bytes)

@@ -60,4 +60,5 @@ def phi4_directory(model: ModelParams) -> Path:
 
 
 def _model_type(files: ModelFiles) -> str:
-    return str(read_json(files.config).get("model_type"))
+    # What comes in wheels is Whisper, and may be damaged where it is to be verified.
+    return "whisper" if files.layout == "ctranslate2" else str(read_json(files.config).get("model_type"))

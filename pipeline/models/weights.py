@@ -27,20 +27,19 @@ from pipeline.models.known import KNOWN_MODELS, KnownModel, PinnedFile
 from pipeline.params import Params
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_BLOB_SHA256 = re.compile(r"[0-9a-f]{64}")
-# Of Phi-4-multimodal.
-_ADAPTER_FILES = tuple(
+ADAPTER_FILES = tuple(
     f"{name}-lora/{file}"
     for name in ("speech", "vision")
     for file in ("adapter_config.json", "adapter_model.safetensors")
 )
-_CHECKPOINT_PATTERNS = (
+"""The adapters of Phi-4-multimodal, beside its weights; in its original layout they are among these too."""
+CHECKPOINT_PATTERNS = (
     "config.json",
     "generation_config.json",
     "model.safetensors",
     "model.safetensors.index.json",
     "model-*-of-*.safetensors",
-    *_ADAPTER_FILES,
+    *ADAPTER_FILES,
     "tokenizer.json",
     "tokenizer_config.json",
     "vocab.json",
@@ -98,7 +97,7 @@ class ModelFiles:
     adapters: tuple[Path, ...] = ()
 
     @property
-    def all(self) -> tuple[Path, ...]:
+    def paths(self) -> tuple[Path, ...]:
         """Every file that is read, weights first."""
         others = (self.config, self.tokenizer, self.generation_config)
         return (*self.weights, *self.adapters, *(path for path in others if path is not None))
@@ -207,7 +206,7 @@ def pull_model(name: str, revision: str | None = None, progress: ProgressCallbac
         raise ModelError(f"cannot pull {name!r}: not a known model nor a hub id (org/name)")
     from pipeline.models.hub import download_snapshot  # noqa: PLC0415 - the hub client takes 0.3 s to import
 
-    directory = download_snapshot(name, revision, _CHECKPOINT_PATTERNS, progress)
+    directory = download_snapshot(name, revision, CHECKPOINT_PATTERNS, progress)
     return _locate_directory(name, directory)
 
 
@@ -257,7 +256,7 @@ def _locate_directory(name: str, directory: Path) -> ModelFiles:
         tokenizer=tokenizer if tokenizer.is_file() else None,
         generation_config=generation_config if generation_config.is_file() else None,
         pins={},
-        adapters=tuple(directory / file for file in _ADAPTER_FILES if (directory / file).is_file()),
+        adapters=tuple(directory / file for file in ADAPTER_FILES if (directory / file).is_file()),
     )
 
 

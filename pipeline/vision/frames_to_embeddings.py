@@ -13,7 +13,6 @@ A crop that was seen before (a tile of a picture in which something else changed
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -34,7 +33,6 @@ from pipeline.vision.params import VisionParams
 MAX_FRAMES = 16
 """Frames of one job."""
 
-_ENCODER_PREFIX = "img_processor."
 _NUM_PROBES = 2  # the first one also allocates
 
 _Features = NDArray[np.float32]
@@ -58,7 +56,7 @@ class FramesToEmbeddings:
         dtype = phi4_dtype(model, device)
         directory = locate_model(model.name, model.revision).directory
         self.config = load_config(directory).vision
-        self._encoder = SiglipEncoder(self.config, _load_tensors(directory), device, dtype)
+        self._encoder = SiglipEncoder(self.config, load_part(directory, "vision"), device, dtype)
         self._max_crops = params.max_crops
         self._batch_crops = params.crops_per_batch if device.type == "cuda" and dtype != torch.float32 else 1
         self._cache = CropCache(params.crops_kept)
@@ -226,13 +224,3 @@ def _outcome(frame_set: FrameSet, plan: _Plan, features: dict[bytes, _Features])
         message = "the vision encoder gave values that are not finite"
         return Failure(frame_set.key, None, FailureKind.FAILED, message)
     return Pictures(frame_set.key, pictures)
-
-
-def _load_tensors(directory: Path) -> dict[str, torch.Tensor]:
-    """Return the encoder's tensors; those of the projection, which are read with them, are let go."""
-    tensors = load_part(directory, "vision")
-    return {
-        name.removeprefix(_ENCODER_PREFIX): tensor
-        for name, tensor in tensors.items()
-        if name.startswith(_ENCODER_PREFIX)
-    }

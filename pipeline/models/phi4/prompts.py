@@ -18,7 +18,7 @@ from itertools import takewhile
 from pipeline.decode.prompting import Question
 from pipeline.decode.sequence import Prompt
 from pipeline.errors import ConfigError, ModelError
-from pipeline.items import Task, TaskKind
+from pipeline.items import UNDETERMINED, Task, TaskKind
 from pipeline.models.phi4.config import Phi4Config
 from pipeline.models.phi4.languages import ENGLISH, HEARD, LANGUAGES, check_translation
 from pipeline.models.phi4.tokenizer import ASSISTANT, END, PICTURE, SOUND, USER, Phi4Tokenizer
@@ -57,7 +57,6 @@ TEXT_SUMMARY = "Summarize the main points of the following transcript in a few s
 discussed."), and the model was taught English ones only."""
 
 _HEARD_TASKS = frozenset({TaskKind.TRANSCRIBE, TaskKind.TRANSLATE})
-_UNKNOWN_LANGUAGE = "und"  # BCP 47: undetermined. The model transcribes what it hears and never says the language.
 
 
 class Phi4Prompter:
@@ -115,13 +114,13 @@ class Phi4Prompter:
         """Return the text of `tokens`, without an unfinished character at the end."""
         return self._tokenizer.decode(tokens)
 
-    def language_of(self, question: Question) -> str:
-        """Return the language of the answer to `question`: ISO 639-1, or "und" where it was not told."""
-        task = question.task
-        if task.kind is TaskKind.TRANSCRIBE:
-            return question.language or _UNKNOWN_LANGUAGE
-        if task.kind is TaskKind.TRANSLATE:
-            return task.target_language or _UNKNOWN_LANGUAGE
+    def language_of(self, question: Question, prompt: Sequence[int]) -> str:  # noqa: ARG002 - no prompt names one
+        """Return the language of what was heard, `und` where it was not told; of other answers "en".
+
+        The model transcribes what it hears and never says which language that is.
+        """
+        if question.task.kind in _HEARD_TASKS:
+            return question.language or UNDETERMINED
         return ENGLISH
 
     def _context(self, question: Question) -> list[int]:

@@ -9,7 +9,7 @@ positions, those of one kind side by side.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 
@@ -23,7 +23,7 @@ from pipeline.decode.runner import Context, Lease, Pick, Row, RowResult, TimedTe
 from pipeline.errors import ModelError, StageError
 from pipeline.items import Embeddings, Pictures, Word
 from pipeline.models.device import choose_device
-from pipeline.models.phi4.checkpoint import load_adapter, load_config, load_part
+from pipeline.models.phi4.checkpoint import load_adapter, load_config, load_decoder
 from pipeline.models.phi4.config import Phi4Config
 from pipeline.models.phi4.conformer import AudioProjection, Projector
 from pipeline.models.phi4.decoder import DecoderRow, Phi4Decoder
@@ -34,7 +34,8 @@ from pipeline.models.phi4.lora import Adapter, LoraWeights
 from pipeline.models.phi4.prompts import Phi4Prompter
 from pipeline.models.phi4.siglip import VisionProjection
 from pipeline.models.phi4.tokenizer import load_tokenizer
-from pipeline.models.weights import ModelParams, locate_model
+from pipeline.models.tier import phi4_directory
+from pipeline.models.weights import ModelParams
 
 
 @dataclass(slots=True)
@@ -60,13 +61,20 @@ class Phi4Runner:
         config: of the whole model.
         decoder: the language model with its adapters and memory.
         projections: of sound and pictures.
-        num_text_tokens: tokens below this are text; of all others only those that end a text may be picked.
+        num_text_tokens: tokens below this are text; of all others only those of `ends` may be picked.
+        ends: the tokens that end a text.
     """
 
     has_one_arithmetic = True
 
     def __init__(
-        self, config: Phi4Config, decoder: Phi4Decoder, projections: Projections, *, num_text_tokens: int
+        self,
+        config: Phi4Config,
+        decoder: Phi4Decoder,
+        projections: Projections,
+        *,
+        num_text_tokens: int,
+        ends: Collection[int],
     ) -> None:
         self._config = config
         self._projections = projections
@@ -76,7 +84,7 @@ class Phi4Runner:
         self.partial_dtype = self.final_dtype = str(decoder.dtype).removeprefix("torch.")
         is_pickable = torch.zeros(config.decoder.vocab_size, dtype=torch.bool)
         is_pickable[:num_text_tokens] = True
-        is_pickable[list(config.end_tokens)] = True
+        is_pickable[list(ends)] = True
         self._not_pickable = (~is_pickable).to(decoder.device)
 
     def check(self, context: Context) -> None:
@@ -227,7 +235,7 @@ def load_parts(model: ModelParams, params: DecoderParams) -> DecoderParts:
     Raises:
         ModelError: if the checkpoint is missing or unusable, or slots are larger than the model's context.
     """
-    directory = locate_model(model.name, model.revision).directory
+    directory = phi4_directory(model)
     device = choose_device(model)
     dtype = phi4_dtype(model, device)
     config, tokenizer = load_config(directory), load_tokenizer(directory)
@@ -236,11 +244,11 @@ def load_parts(model: ModelParams, params: DecoderParams) -> DecoderParts:
             f"decoder.slot_tokens is {params.slot_tokens}, more than the {config.decoder.rope.max_positions} positions "
             "of the model: lower it"
         )
-    tensors = load_part(directory, "decoder")
+    tensors = load_decoder(directory)
     adapters: dict[Adapter, LoraWeights] = {Adapter(name): load_adapter(directory, name) for name in ADAPTERS}
     decoder = Phi4Decoder(
         config.decoder,
-        tensors,
+        tensors.language,
         adapters,
         num_slots=params.scheduler.num_slots,
         max_tokens=params.slot_tokens,
@@ -248,9 +256,9 @@ def load_parts(model: ModelParams, params: DecoderParams) -> DecoderParts:
         dtype=dtype,
     )
     projections = Projections(
-        audio=AudioProjection(config, tensors, device, dtype),
-        vision=VisionProjection(config.vision, tensors, device, dtype),
+        audio=AudioProjection(config, tensors.audio_projection, device, dtype),
+        vision=VisionProjection(config.vision, tensors.image_projection, device, dtype),
     )
     prompter = Phi4Prompter(tokenizer, config, chains_translations=params.chains_translations)
-    runner = Phi4Runner(config, decoder, projections, num_text_tokens=prompter.num_text_tokens)
+    runner = Phi4Runner(config, decoder, projections, num_text_tokens=prompter.num_text_tokens, ends=prompter.ends)
     return DecoderParts(runner, prompter, "phi4")

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 
+from pipeline.errors import ModelError
 from pipeline.models.phi4.config import read_config
 from pipeline.models.phi4.keys import (
     ADAPTERS,
@@ -27,6 +30,7 @@ from pipeline.models.phi4.keys import (
     original_key,
     unused_shapes,
 )
+from pipeline.models.weights import ADAPTER_FILES, read_json
 
 Layout = Literal["native", "original"]
 
@@ -37,7 +41,12 @@ _SPECIAL_TOKENS = (
     *("<|endoftext10|>", "<|endoftext11|>"),
 )
 _TOKEN = {name: _NUM_BYTES + index for index, name in enumerate(_SPECIAL_TOKENS)}
-_NUM_SHARDS = 3
+_SHARDS = tuple(f"model-{index:05d}-of-00003.safetensors" for index in (1, 2, 3))
+_FOLDERS = frozenset(f"{name}-lora" for name in ADAPTERS)
+_FILES = frozenset({"config.json", "generation_config.json", "model.safetensors.index.json", "tokenizer.json"}) | {
+    *_SHARDS,
+    *ADAPTER_FILES,
+}
 _ADAPTER_SETTINGS: dict[AdapterName, dict[str, Any]] = {
     "speech": {"r": 5, "lora_alpha": 10},
     "vision": {"r": 4, "lora_alpha": 8},
@@ -127,6 +136,58 @@ def make_tiny(directory: Path, seed: int = 0, layout: Layout = "native", *, has_
     return directory
 
 
+@dataclass(frozen=True, slots=True)
+class TinyCheckpoint:
+    """What was written: every file, and how many weights they hold, the adapters' too."""
+
+    paths: tuple[Path, ...]
+    num_parameters: int
+
+
+def write_tiny_checkpoint(directory: Path, seed: int = 0, layout: Layout = "native") -> TinyCheckpoint:
+    """Write a tiny checkpoint into a new or empty directory, or in place of another one that was written so.
+
+    Raises:
+        ModelError: if the directory holds anything else, or cannot be written.
+    """
+    try:
+        _make_room(directory)
+        make_tiny(directory, seed, layout)
+    except OSError as exc:
+        raise ModelError(f"cannot write {exc.filename or directory}: {exc.strerror or exc}") from exc
+    paths = tuple(sorted(path for path in directory.rglob("*") if path.is_file()))
+    num_parameters = sum(count for path in paths if path.suffix == ".safetensors" for count in _sizes_in(path))
+    return TinyCheckpoint(paths, num_parameters)
+
+
+def _make_room(directory: Path) -> None:
+    """Remove a tiny checkpoint; refuse what is none."""
+    if not directory.exists():
+        return
+    if not directory.is_dir():
+        raise ModelError(f"{directory} is not a directory: give a new or an empty one")
+    found = {str(path.relative_to(directory)) for path in directory.rglob("*")}
+    if not found:
+        return
+    config = read_json(directory / "config.json") if "config.json" in found else {}
+    made = [native_tiny_config(has_tied_embeddings=is_tied) for is_tied in (True, False)]
+    if found - _FILES - _FOLDERS or config not in [*made, *map(_original_config, made)]:
+        raise ModelError(
+            f"{directory} is not empty and holds no tiny checkpoint, or more than that: give a new or an empty "
+            "directory; nothing was written"
+        )
+    for name in found & _FILES:
+        (directory / name).unlink()
+    for name in found & _FOLDERS:
+        (directory / name).rmdir()
+
+
+def _sizes_in(path: Path) -> Iterator[int]:
+    with safe_open(str(path), framework="pt") as shard:
+        for key in shard.keys():  # noqa: SIM118 - not a dict: it cannot be iterated
+            yield math.prod(shard.get_slice(key).get_shape())
+
+
 def native_tiny_config(*, has_tied_embeddings: bool = True) -> dict[str, Any]:
     """Return the native `config.json` of the tiny checkpoint."""
     rope = {"rope_type": "longrope", **_ROPE, "factor": 32.0, **_FACTORS}
@@ -204,9 +265,8 @@ def save_adapter(folder: Path, settings: Mapping[str, Any], tensors: Mapping[str
 
 def _save_shards(directory: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """Deal the tensors out, so that every file has some of every part."""
-    names = [f"model-{index + 1:05d}-of-{_NUM_SHARDS:05d}.safetensors" for index in range(_NUM_SHARDS)]
-    weight_map = {key: names[index % _NUM_SHARDS] for index, key in enumerate(tensors)}
-    for name in names:
+    weight_map = {key: _SHARDS[index % len(_SHARDS)] for index, key in enumerate(tensors)}
+    for name in _SHARDS:
         shard = {key: tensor for key, tensor in tensors.items() if weight_map[key] == name}
         save_file(shard, directory / name, metadata={"format": "pt"})
     num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
