@@ -1,4 +1,4 @@
-"""`surtitle bench phi4`: both ways agree on a scaled checkpoint, a decoder that is wrong is found out, figures add up."""
+"""`surtitle bench phi4`: both ways agree on a scaled checkpoint, a wrong decoder is found out, figures add up."""
 
 from __future__ import annotations
 
@@ -161,9 +161,9 @@ class ForgetfulGenerate(GeneratePhi4):
 
 def test_a_yardstick_that_does_other_work_is_refused(folder: Path) -> None:
     config, sound = load_config(folder), make_sound(8_000, np.random.default_rng(1))
-    prompt = [7, *[config.audio.placeholder_token] * 7, 8, 9]
+    prompt = [7, *[config.audio.placeholder_token] * 6, 8, 9]
     assert len(GeneratePhi4(folder, []).generate_checked(sound, prompt, 4)) <= 4
-    with pytest.raises(ModelError, match="expected 10 and then one at a time"):
+    with pytest.raises(ModelError, match="expected 9 and then one at a time"):
         ForgetfulGenerate(folder, []).generate_checked(sound, prompt, 4)
 
 

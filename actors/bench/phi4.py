@@ -1,7 +1,8 @@
 """`surtitle bench phi4 --scaled`: the stages of the phi4 tier against transformers' generate on the whole model.
 
 A random checkpoint of some 120 million parameters with all parts is made for the run. The same sounds go both ways, in
-float32, with the same threads, and their tokens must be equal. What the figures mean: docs/performance.md.
+float32, with the same threads, and their tokens must be equal. The stages get all requests at once, as finals: each is
+encoded alone, then all are decoded together. The whole model gets one after the other.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class Phi4Options:
-    """What is decoded: `num_requests` sounds of `seconds` each, up to `max_new_tokens` for each; 0 threads: all cores."""
+    """What is decoded: `num_requests` sounds of `seconds`, up to `max_new_tokens` for each; 0 threads: all cores."""
 
     num_requests: int = 16
     seconds: float = 5.0

@@ -14,8 +14,8 @@ class Load:
 
     While somebody speaks (`speech_share` of the time) a partial is asked for every `cadence_s`. On average it covers
     `window_s` of sound; its prompt has the tokens of that sound, `num_instruction_tokens` and the draft of
-    `num_draft_tokens`, and `num_new_tokens` passes of a single token follow. An utterance of `utterance_s` has one final
-    more. With video a scene of `num_crops` crops is described every `scene_s`, in `num_scene_tokens` of text.
+    `num_draft_tokens`, and `num_new_tokens` passes of a single token follow. An utterance of `utterance_s` has one
+    final more. With video a scene of `num_crops` crops is described every `scene_s`, in `num_scene_tokens` of text.
     """
 
     speech_share: float = 0.6

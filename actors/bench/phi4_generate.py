@@ -1,7 +1,7 @@
 """transformers' `Phi4MultimodalForCausalLM.generate` on a native checkpoint: the yardstick of `bench phi4`.
 
-The whole model in one piece, float32, greedy, one request after the other. The speech adapter is added into its weights:
-PEFT, which would compute it beside them at every step, is no dependency, and generate is the faster for it.
+The whole model in one piece, float32, greedy, one request after the other. The speech adapter is added into its
+weights: PEFT, which would compute it beside them at every step, is no dependency, and generate is the faster for it.
 """
 
 from __future__ import annotations
@@ -93,7 +93,9 @@ class GeneratePhi4:
             tokens = self.generate(samples, prompt, max_new_tokens)
         sizes = [feed.num_inputs for feed in feeds]
         if sizes[0] != len(prompt) or any(size != 1 for size in sizes[1:]) or feeds[0].num_steps is None:
-            raise ModelError(f"transformers' generate fed {sizes} tokens, expected {len(prompt)} and then one at a time")
+            raise ModelError(
+                f"transformers' generate fed {sizes} tokens, expected {len(prompt)} and then one at a time"
+            )
         if len(feeds) not in (len(tokens), len(tokens) + 1):
             raise ModelError(f"transformers' generate ran {len(feeds)} passes for {len(tokens)} tokens")
         return tokens

@@ -197,16 +197,10 @@ def _distribution(key: str, shape: tuple[int, ...]) -> tuple[float, float]:
         return 0.0, 0.1
     if "norm" in key:
         return 1.0, 0.1
-    if "embed_tokens.weight" in key:
-        return 0.0, 0.05
-    if "bias_values" in key or key.endswith("extensor"):
-        return 0.0, 0.5
-    gain = 1.0
-    if "qkv_proj.weight" in key or "o_proj.weight" in key:
-        gain = 1.7
-    if ".lora_" in key:
-        gain = 0.5
-    return 0.0, gain / math.sqrt(math.prod(shape[1:]))
+    if "embed_tokens.weight" in key or "bias_values" in key or key.endswith("extensor"):
+        return 0.0, 0.05 if "embed_tokens" in key else 0.5
+    gain = 1.7 if "qkv_proj.weight" in key or "o_proj.weight" in key else 1.0
+    return 0.0, (0.5 if ".lora_" in key else gain) / math.sqrt(math.prod(shape[1:]))
 
 
 def _native_config(decoder: Mapping[str, Any], audio: Mapping[str, Any], vision: Mapping[str, Any]) -> dict[str, Any]:
