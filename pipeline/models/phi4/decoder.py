@@ -2,8 +2,8 @@
 
 Pre-norm layers with fused projections, grouped-query attention, rotary positions and a gated SiLU (Abdin et al. 2025,
 https://arxiv.org/abs/2503.01743; transformers' `Phi4MultimodalModel` is the reference). All linear layers run once over
-the concatenated tokens of all rows, adapters over the tokens that want them; attention runs row by row over views of
-the row's own slot. Nothing is copied or allocated per step but activations.
+the concatenated tokens of all rows, adapters over the tokens that want them; attention runs over the rows' own slots,
+those with equally many queries and places together.
 
 Exactness, as in pipeline/models/whisper/decoder.py: the attention of a place spans the places up to the next multiple
 of 64, those behind it masked to exactly zero, and has at least four queries, so that neither other rows nor the cuts
@@ -69,15 +69,25 @@ class _Layer:
 
 
 @dataclass(frozen=True, slots=True)
-class _Segment:
-    """Tokens `start`..`end` of a pass, which go to places of `slot` from `place` on and look at its first `span`."""
+class _Group:
+    """Pieces of n rows that attend alike: equally many tokens, which look at equally many places of their slots."""
 
-    slot: int
-    place: int
-    start: int
-    end: int
-    span: int
-    mask: Tensor  # bool[queries, 64]: which of the span's last places are not seen; those before them all are
+    slots: list[int]
+    tokens: Tensor  # int64[n, queries]: which tokens of the pass ask; those behind `num_tokens` only keep company
+    num_tokens: int
+    span: int  # they look at the first so many places
+    masks: Tensor  # bool[n, queries, 64]: which of the span's last places are not seen; those before them all are
+
+
+@dataclass(frozen=True, slots=True)
+class _Pass:
+    """What is the same for every layer of a pass: where its tokens go, int64[tokens] each, and how they attend."""
+
+    slots: Tensor
+    places: Tensor
+    cos: Tensor
+    sin: Tensor
+    groups: list[_Group]
 
 
 class Phi4Decoder:
@@ -184,14 +194,10 @@ class Phi4Decoder:
         """
         for row in rows:
             self._check(row)
-        positions = [row.position + i for row in rows for i in range(len(row.inputs))]
-        are_long = [row.lease.has_long_factors for row in rows for _ in range(len(row.inputs))]
-        cos, sin = self._rope.angles(positions, are_long, self.dtype)
-        x = self._embed(rows)
-        segments, adapted = self._segments(rows), self._adapted_tokens(rows)
+        x, alike, adapted = self._embed(rows), self._prepare(rows), self._adapted_tokens(rows)
         for index, layer in enumerate(self._layers):
             qkv = layer.qkv(layer.attention_norm(x), adapted)
-            x = x + layer.attention_out(self._attend(index, qkv, cos, sin, segments), adapted)
+            x = x + layer.attention_out(self._attend(index, qkv, alike), adapted)
             gate, up = layer.gate_up(layer.mlp_norm(x), adapted).chunk(2, -1)
             x = x + layer.down(up * F.silu(gate), adapted)
         return self._final_norm(x)
@@ -236,49 +242,73 @@ class Phi4Decoder:
                 found.append(AdapterTokens(adapter, index))
         return tuple(found)
 
-    def _segments(self, rows: Sequence[DecoderRow]) -> list[_Segment]:
-        """Cut the inputs of `rows` where a place's span changes."""
-        segments, start = [], 0
-        # Queries of one place are as many as heads share a key; fewer than four get company that is thrown away.
-        min_places = math.ceil(_MIN_QUERIES * self.config.num_kv_heads / self.config.num_heads)
+    def _prepare(self, rows: Sequence[DecoderRow]) -> _Pass:
+        slots = [row.lease.slot for row in rows for _ in range(len(row.inputs))]
+        positions = [row.position + i for row in rows for i in range(len(row.inputs))]
+        are_long = [row.lease.has_long_factors for row in rows for _ in range(len(row.inputs))]
+        cos, sin = self._rope.angles(positions, are_long, self.dtype)
+        placed = (torch.tensor(numbers, device=self.device) for numbers in (slots, positions))
+        return _Pass(*placed, cos, sin, self._groups(rows))
+
+    def _groups(self, rows: Sequence[DecoderRow]) -> list[_Group]:
+        """Cut the inputs of `rows` where a place's span changes, and put together what has one shape."""
+        pieces: dict[tuple[int, int], list[tuple[int, int, int]]] = {}  # by tokens and span: slot, place, first token
+        start = 0
         for row in rows:
             place, last = row.position, row.position + len(row.inputs)
             while place < last:
                 span = (place // _SPAN + 1) * _SPAN
                 cut = min(last, span)
-                mask = self._unseen[place % _SPAN :][: max(cut - place, min_places)]
-                segments.append(_Segment(row.lease.slot, place, start, start + cut - place, span, mask))
+                pieces.setdefault((cut - place, span), []).append((row.lease.slot, place, start))
                 start += cut - place
                 place = cut
-        return segments
+        # Queries of one place are as many as heads share a key; fewer than four get company that is thrown away.
+        min_queries = math.ceil(_MIN_QUERIES * self.config.num_kv_heads / self.config.num_heads)
+        groups = []
+        for (num_tokens, span), found in pieces.items():
+            num_queries = max(num_tokens, min_queries)
+            first_tokens = torch.tensor([first for _, _, first in found], device=self.device)
+            steps = torch.arange(num_queries, device=self.device).clamp_(max=num_tokens - 1)
+            masks = [self._unseen[place % _SPAN :][:num_queries] for _, place, _ in found]
+            slots = [slot for slot, _, _ in found]
+            groups.append(_Group(slots, first_tokens[:, None] + steps, num_tokens, span, torch.stack(masks)))
+        return groups
 
-    def _attend(self, index: int, qkv: Tensor, cos: Tensor, sin: Tensor, segments: Sequence[_Segment]) -> Tensor:
+    def _attend(self, index: int, qkv: Tensor, alike: _Pass) -> Tensor:
         config = self.config
         num_shared = config.num_heads // config.num_kv_heads  # queries to a key
         heads = qkv.view(len(qkv), -1, config.head_width)
         num_turned = config.num_heads + config.num_kv_heads
-        turned = rotate(heads[:, :num_turned], cos, sin)
+        turned = rotate(heads[:, :num_turned], alike.cos, alike.sin)
         queries = turned[:, : config.num_heads] * config.head_width**-0.5
-        keys, values = turned[:, config.num_heads :], heads[:, num_turned:]
+        all_keys, all_values = self.memory.keys[index], self.memory.values[index]
+        all_keys[alike.slots, :, alike.places] = turned[:, config.num_heads :]
+        all_values[alike.slots, :, alike.places] = heads[:, num_turned:]
         result = qkv.new_empty((len(qkv), config.width))
-        for segment in segments:
-            start, end, place = segment.start, segment.end, segment.place
-            slot_keys = self.memory.keys[index, segment.slot]
-            slot_values = self.memory.values[index, segment.slot]
-            slot_keys[:, place : place + end - start] = keys[start:end].transpose(0, 1)
-            slot_values[:, place : place + end - start] = values[start:end].transpose(0, 1)
-            num_places, span = len(segment.mask), segment.span
-            own = F.pad(queries[start:end], (0, 0, 0, 0, 0, num_places - (end - start)))
-            # [places, kv heads * shared, width] -> [kv heads, places * shared, width]: a key serves its heads at once.
-            own = own.view(num_places, config.num_kv_heads, num_shared, -1).transpose(0, 1).flatten(1, 2)
-            scores = torch.bmm(own, slot_keys[:, :span].transpose(1, 2))
-            scores = scores.view(config.num_kv_heads, num_places, num_shared, span)
-            scores[..., span - _SPAN :].masked_fill_(segment.mask[:, None], -torch.inf)
-            weights = scores.softmax(-1, dtype=torch.float32).to(qkv.dtype).flatten(1, 2)
-            attended = torch.bmm(weights, slot_values[:, :span])
-            attended = attended.view(config.num_kv_heads, num_places, num_shared, -1).transpose(0, 1)
-            result[start:end] = attended[: end - start].reshape(end - start, -1)
+        for group in alike.groups:
+            (num_rows, num_queries), span = group.tokens.shape, group.span
+            keys, values = (_seen(memory, group.slots, span) for memory in (all_keys, all_values))
+            # [rows, queries, kv heads * shared, width] -> [rows * kv heads, queries * shared, width]: a key serves its
+            # heads at once.
+            own = queries[group.tokens].view(num_rows, num_queries, config.num_kv_heads, num_shared, -1)
+            own = own.transpose(1, 2).reshape(num_rows * config.num_kv_heads, num_queries * num_shared, -1)
+            scores = torch.bmm(own, keys.transpose(1, 2))
+            scores = scores.view(num_rows, config.num_kv_heads, num_queries, num_shared, span)
+            scores[..., span - _SPAN :].masked_fill_(group.masks[:, None, :, None], -torch.inf)
+            weights = scores.softmax(-1, dtype=torch.float32).to(qkv.dtype).view(*own.shape[:2], span)
+            attended = torch.bmm(weights, values).view(num_rows, config.num_kv_heads, num_queries, num_shared, -1)
+            attended = attended.transpose(1, 2).reshape(num_rows, num_queries, -1)
+            result[group.tokens[:, : group.num_tokens]] = attended[:, : group.num_tokens]
         return result
+
+
+def _seen(memory: Tensor, slots: list[int], span: int) -> Tensor:
+    """Return the first `span` places of `slots` in `memory` [slots, kv heads, places, width], a head after the other.
+
+    [slots * kv heads, span, width]: a view of one slot, copies of several.
+    """
+    seen = memory[slots[0] : slots[0] + 1, :, :span] if len(slots) == 1 else memory[slots, :, :span]
+    return seen.flatten(0, 1)
 
 
 def _read_norm(config: DecoderConfig, weights: CheckedTensors, name: str) -> _Norm:

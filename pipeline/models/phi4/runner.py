@@ -23,6 +23,7 @@ from pipeline.decode.runner import Context, Lease, Pick, Row, RowResult, TimedTe
 from pipeline.errors import ModelError, StageError
 from pipeline.items import Embeddings, Pictures, Word
 from pipeline.models.device import choose_device
+from pipeline.models.linear import PlainLinear, pack_linear
 from pipeline.models.phi4.checkpoint import load_adapter, load_config, load_decoder
 from pipeline.models.phi4.config import Phi4Config
 from pipeline.models.phi4.conformer import AudioProjection, Projector
@@ -254,6 +255,8 @@ def load_parts(model: ModelParams, params: DecoderParams) -> DecoderParts:
         max_tokens=params.slot_tokens,
         device=device,
         dtype=dtype,
+        # On a GPU blocks of a few rows would read all weights for each of them.
+        pack=pack_linear if device.type == "cpu" else PlainLinear,
     )
     projections = Projections(
         audio=AudioProjection(config, tensors.audio_projection, device, dtype),
