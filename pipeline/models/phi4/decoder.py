@@ -247,8 +247,13 @@ class Phi4Decoder:
         positions = [row.position + i for row in rows for i in range(len(row.inputs))]
         are_long = [row.lease.has_long_factors for row in rows for _ in range(len(row.inputs))]
         cos, sin = self._rope.angles(positions, are_long, self.dtype)
-        placed = (torch.tensor(numbers, device=self.device) for numbers in (slots, positions))
-        return _Pass(*placed, cos, sin, self._groups(rows))
+        return _Pass(
+            slots=torch.tensor(slots, device=self.device),
+            places=torch.tensor(positions, device=self.device),
+            cos=cos,
+            sin=sin,
+            groups=self._groups(rows),
+        )
 
     def _groups(self, rows: Sequence[DecoderRow]) -> list[_Group]:
         """Cut the inputs of `rows` where a place's span changes, and put together what has one shape."""
