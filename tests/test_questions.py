@@ -1,4 +1,4 @@
-"""Questions and summaries on request: over real stages with a tiny Phi-4-multimodal, and what is refused at the door."""
+"""Questions and summaries on request, over real stages with a tiny Phi-4-multimodal; what is refused at the door."""
 
 from __future__ import annotations
 
@@ -236,7 +236,7 @@ async def test_streams_ask_only_for_what_the_models_can(local_stages: LocalStage
     generated = StreamParams(summary=SummaryParams(method="generated"))
     with pytest.raises(ConfigError, match=r"scenes .* tier edge \(whisper-base\) has no eyes"):
         check_stream(scenes, EDGE)
-    with pytest.raises(ConfigError, match="cannot summarise: .* set summary.method to extractive"):
+    with pytest.raises(ConfigError, match=r"cannot summarise: .* set summary.method to extractive"):
         check_stream(generated, EDGE)
     check_stream(StreamParams(summary=SummaryParams()), EDGE)
     check_stream(scenes, phi4)
