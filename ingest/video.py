@@ -15,7 +15,7 @@ from ingest.source import AudioParams, VideoFrame, VideoParams
 from ingest.tracks import MAX_BAD_PACKETS, reason_of
 from pipeline.errors import MediaError
 from pipeline.timebase import SAMPLE_RATE_HZ, ms_to_samples
-from pipeline.vision.crop_layout import plan_crops
+from pipeline.vision.crop_layout import plan_live_crops
 
 _MAX_LEAD_S = 5.0
 _MIN_SPARED_FRAMES = 8
@@ -152,7 +152,7 @@ class Video:
         sides_px = self._display_size(picture)
         width_px, height_px = reversed(sides_px) if is_on_its_side else sides_px
         params = self._params
-        layout = plan_crops(width_px, height_px, params.crop_size, params.patch_size, params.max_crops)
+        layout = plan_live_crops(width_px, height_px, params.crop_size, params.patch_size, params.max_crops)
         scaled_px = (layout.width_px, layout.height_px)
         width_px, height_px = reversed(scaled_px) if is_on_its_side else scaled_px
         scaled = self._reformatter.reformat(

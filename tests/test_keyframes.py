@@ -204,6 +204,23 @@ def test_light_that_changes_on_all_there_is_makes_no_keyframes(light) -> None:  
     assert [keyframe.reason for keyframe in pushed(track, frames)] == ["first"]
 
 
+@pytest.mark.parametrize("light", [lambda pixels: pixels + 40.0, lambda pixels: pixels * 1.3], ids=["haze", "lamp"])
+def test_light_is_no_change_of_dark_and_bright_parts_either(light) -> None:  # type: ignore[no-untyped-def]
+    track = FramesToKeyframes(PARAMS, CROP)
+    still = np.full((HEIGHT, WIDTH, 3), 20, np.uint8)
+    still[:, 64:128], still[:, 128:] = 90, 180
+    assert len(pushed(track, [at(0, still), at(2_000, np.rint(light(still)).astype(np.uint8))])) == 1
+
+
+@pytest.mark.parametrize(("brightness", "left_of_it"), [(50, 0.0), (200, 0.55)], ids=["dim", "bright"])
+def test_a_room_whose_lights_go_out_or_dim_by_a_lot_has_changed(brightness: int, left_of_it: float) -> None:
+    track = FramesToKeyframes(PARAMS, CROP)
+    room = np.full((HEIGHT, WIDTH, 3), brightness, np.uint8)
+    room[:, :80] = brightness // 2
+    darker = (room * left_of_it).astype(np.uint8)
+    assert [keyframe.reason for keyframe in pushed(track, [at(0, room), at(2_000, darker)])] == ["first", "changed"]
+
+
 def test_under_a_lamp_that_flickers_what_moves_is_still_found_and_no_old_brightness_stays_beside_it() -> None:
     track = FramesToKeyframes(PARAMS, CROP)
     bright = np.clip(textured() * 1.4, 0, 255).astype(np.uint8)

@@ -196,6 +196,11 @@ def test_a_question_that_lacks_its_subject_is_refused(prompter: Phi4Prompter, qu
         prompter.prompt(question)
 
 
+def test_an_answer_has_no_control_characters(prompter: Phi4Prompter, tokenizer: Phi4Tokenizer) -> None:
+    tokens = tokenizer.encode("one\n\x1b[2Jtwo\x00\x9b31m\tthree")
+    assert prompter.text_of(DESCRIBE, tokens) == "one\n[2Jtwo31mthree"
+
+
 @pytest.mark.parametrize(
     ("question", "language"),
     [

@@ -305,3 +305,4 @@ def bench_accuracy(
 from actors.cli import bench_decoder as _bench_decoder  # noqa: E402, F401 - registers its command on bench_app
 from actors.cli import bench_live as _bench_live  # noqa: E402, F401 - registers its commands on bench_app
 from actors.cli import bench_peer as _bench_peer  # noqa: E402, F401 - registers its command on bench_app
+from actors.cli import bench_phi4 as _bench_phi4  # noqa: E402, F401 - registers its command on bench_app

@@ -223,11 +223,12 @@ def _changed_blocks(sent: NDArray[np.float32], seen: NDArray[np.float32], thresh
     expected = [sent]
     offset = float(np.median(seen - sent))
     if 0.0 < abs(offset) <= MAX_GLOBAL_CHANGE:
-        expected.append(np.clip(sent + np.float32(offset), 0.0, 1.0))
+        # Bright parts saturate. Dark ones are no darker than the haze that goes: where black is left, something went.
+        expected.append(np.minimum(sent + np.float32(offset), 1.0))
     is_bright = sent >= _MIN_LUMA_FOR_GAIN
     if is_bright.any():
         gain = float(np.median(seen[is_bright] / sent[is_bright]))
-        multiplied = np.clip(sent * np.float32(gain), 0.0, 1.0)
+        multiplied = np.minimum(sent * np.float32(gain), 1.0)
         is_drift = float(np.median(np.abs(multiplied - sent))) <= MAX_GLOBAL_CHANGE
         if 1.0 / _MAX_GAIN <= gain <= _MAX_GAIN and is_drift:
             expected.append(multiplied)

@@ -12,6 +12,7 @@ the others have none; it is left out here.
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from itertools import takewhile
 
@@ -103,12 +104,13 @@ class Phi4Prompter:
     def text_of(self, task: Task, tokens: Sequence[int]) -> str:
         """Return the text that `tokens` answer `task` with; of a chained translation what stands behind the transcript.
 
-        Empty while a chained translation has not come to its separator.
+        Empty while a chained translation has not come to its separator. Without control characters, but for ends of
+        lines: a question can make the model spell what a terminal would obey.
         """
         text = self.decode(tokens)
         if task.kind is TaskKind.TRANSLATE and self._chains_translations:
             text = text.partition(SEPARATOR)[2]
-        return text.strip()
+        return "".join(character for character in text if character == "\n" or not _is_control(character)).strip()
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Return the text of `tokens`, without an unfinished character at the end."""
@@ -174,3 +176,7 @@ class Phi4Prompter:
 def _told(question: Question) -> str | None:
     """Return the language that somebody told; that of an answer of ours may be none."""
     return None if question.language == UNDETERMINED else question.language
+
+
+def _is_control(character: str) -> bool:
+    return unicodedata.category(character) == "Cc"

@@ -121,7 +121,7 @@ def make_tiny(directory: Path, seed: int = 0, layout: Layout = "native", *, has_
     directory.mkdir(parents=True, exist_ok=True)
     if layout == "native":
         for name in ADAPTERS:
-            _save_adapter(directory / f"{name}-lora", _ADAPTER_SETTINGS[name], adapters[name])
+            save_adapter(directory / f"{name}-lora", _ADAPTER_SETTINGS[name], adapters[name])
     else:
         adapted = {key.rpartition(".lora_")[0] for key in adapters["speech"]}
         tensors = {original_key(key, adapted): tensor for key, tensor in tensors.items()}
@@ -129,9 +129,9 @@ def make_tiny(directory: Path, seed: int = 0, layout: Layout = "native", *, has_
             for key, tensor in adapters[name].items():
                 tensors[f"{key.removesuffix('.weight')}.{name}.weight"] = tensor
     _save_shards(directory, tensors)
-    _write_json(directory / "config.json", native if layout == "native" else _original_config(native))
+    write_json(directory / "config.json", native if layout == "native" else _original_config(native))
     generation = {"bos_token_id": _DECODER["bos_token_id"], "eos_token_id": _ENDS, "pad_token_id": _ENDS[0]}
-    _write_json(directory / "generation_config.json", generation)
+    write_json(directory / "generation_config.json", generation)
     _tokenizer().save(str(directory / "tokenizer.json"))
     return directory
 
@@ -255,11 +255,12 @@ def _distribution(key: str, shape: tuple[int, ...]) -> tuple[float, float]:
     return 0.0, 1 / math.sqrt(math.prod(shape[1:]))
 
 
-def _save_adapter(folder: Path, settings: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
+def save_adapter(folder: Path, settings: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write an adapter of the native layout into `folder`; `settings` are its `r` and `lora_alpha`."""
     folder.mkdir(exist_ok=True)
     save_file(dict(tensors), folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "target_modules": _TARGETS, "bias": "none", **settings}
-    _write_json(folder / "adapter_config.json", config)
+    write_json(folder / "adapter_config.json", config)
 
 
 def _save_shards(directory: Path, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -269,13 +270,14 @@ def _save_shards(directory: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         shard = {key: tensor for key, tensor in tensors.items() if weight_map[key] == name}
         save_file(shard, directory / name, metadata={"format": "pt"})
     num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    _write_json(
+    write_json(
         directory / "model.safetensors.index.json",
         {"metadata": {"total_size": num_bytes}, "weight_map": weight_map},
     )
 
 
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write `value` to the file at `path`."""
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
