@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from actors.cli.app import bench_app
-from actors.cli.options import ConfigOption, RuntimeOption, SetOption, load
+from actors.cli.options import ConfigOption, ModelOption, RuntimeOption, SetOption, load
 
 _EXIT_INTERRUPTED = 130
 
@@ -46,6 +46,7 @@ def bench_peer(
         bool, typer.Option("--with-surtitle/--without-surtitle", help="Measure surtitle after it, in the same way.")
     ] = True,
     is_json: Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")] = False,
+    model: ModelOption = None,
     runtime: RuntimeOption = None,
     config: ConfigOption = None,
     sets: SetOption = None,
@@ -67,7 +68,7 @@ def bench_peer(
         stagger_ms=stagger_ms,
         start_timeout_s=start_timeout_s,
         has_surtitle=has_surtitle,
-        settings=load(config, sets, runtime).settings,
+        settings=load(config, sets, runtime, model).settings,
     )
     try:
         with progress("reading the media") as report_progress:
