@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 from pipeline.items import (
     TRANSCRIBE,
+    UNDETERMINED,
     CloseReason,
     Failure,
     Hypothesis,
@@ -24,7 +25,7 @@ from pipeline.items import (
     TaskKind,
 )
 from pipeline.records import BaseRecord
-from pipeline.text.hypotheses_to_records import UNKNOWN_LANGUAGE, Utterance, to_error, to_final, to_translation
+from pipeline.text.hypotheses_to_records import Utterance, to_error, to_final, to_translation
 from pipeline.text.skipped_speech import SkippedSpeechParams, Stretch, find_skipped, put_in, shortened
 from pipeline.timebase import ms_to_samples
 
@@ -177,7 +178,7 @@ class FinalInProgress:
         margin = ms_to_samples(self._params.margin_ms)
         start = max(0, stretch.start_sample - margin)
         end = stretch.end_sample + (0 if stretch.is_shortened else margin)
-        is_unknown = language == UNKNOWN_LANGUAGE
+        is_unknown = language == UNDETERMINED
         snapshot = replace(
             self._snapshot,
             key=SnapshotKey(key.stream_id, key.utterance, key.revision + self._num_looks),

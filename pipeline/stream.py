@@ -1,8 +1,7 @@
 """One stream, without I/O, threads or a clock: chunks, frames and outcomes in, snapshots, jobs and records out.
 
-Both drivers use it: `pipeline/local.py` by samples (the oracle), `actors/session.py` by events. What it emits
-depends only on the chunks, on the outcomes, and, for partials, on when the driver asks for snapshots and how often
-it wants them.
+Both drivers use it: `pipeline/local.py` by samples (the oracle), `actors/session.py` by events. What it emits depends
+only on what it is given, and, for partials, on when the driver asks for snapshots and how often it wants them.
 
     stream.push(chunk)            sound goes in, and with push_frame(frame) pictures
     stream.due_snapshots()        what should be encoded and decoded now, finals first
@@ -21,6 +20,7 @@ from pipeline.audio.samples_to_chunks import SamplesToChunks
 from pipeline.audio.tail import AudioTail
 from pipeline.final_in_progress import FinalInProgress
 from pipeline.items import (
+    UNDETERMINED,
     Chunk,
     Failure,
     Frame,
@@ -41,7 +41,7 @@ from pipeline.open_utterance import OpenUtterance
 from pipeline.records import BaseRecord, FinalRecord, HealthRecord
 from pipeline.stream_jobs import StreamJobs
 from pipeline.stream_params import AUTO, StreamParams
-from pipeline.text.hypotheses_to_records import UNKNOWN_LANGUAGE, Tier, Utterance, to_partial
+from pipeline.text.hypotheses_to_records import Tier, Utterance, to_partial
 from pipeline.text.in_order import InOrder
 from pipeline.text.stable_prefix import Heard, StablePrefix
 from pipeline.timebase import ms_to_samples, samples_to_ms
@@ -275,7 +275,7 @@ class Stream:
             return
         heard_samples = utterance.snapshot_end_sample - utterance.start_sample
         is_enough = heard_samples >= ms_to_samples(self.params.snapshots.keep_language_after_ms)
-        if is_enough and hypothesis.language != UNKNOWN_LANGUAGE:
+        if is_enough and hypothesis.language != UNDETERMINED:
             utterance.language = hypothesis.language
         if self._publish_partial(utterance, hypothesis, utterance.stable.revise(text, heard)):
             utterance.num_shown += 1

@@ -1,8 +1,8 @@
 """What a stream asks for besides captions: summaries of its finals and notes of what its camera shows.
 
 Some of it is done here and at once (extractive summaries), the rest by jobs: they are handed out like snapshots, each
-once, and their outcomes become records. Whoever hands them on may take any time; a source waits at most for the newest
-description and one summary.
+once, one of a kind at a time, and their outcomes become records whenever they come. Captions never wait for them; only
+the end of the stream does.
 """
 
 from __future__ import annotations

@@ -322,6 +322,33 @@ def test_many_rolling_summaries_are_made_one_text_so_that_the_closing_one_is_of_
     assert [first for first, _ in rolling] == [1, *(last + 1 for _, last in rolling[:-1])]
 
 
+@pytest.mark.parametrize("turn_chars", [90, 333, 700, 2_500])
+def test_what_nobody_ever_summarises_is_held_and_handed_over_in_part_only(turn_chars: int) -> None:
+    listener = Listener(SummaryParams(every_minutes=0.1, max_text_chars=1_000), lost, num_channels=2)
+    for each in talk(60, text="w{} " + "x" * turn_chars + "."):
+        listener.hear(each)
+        assert held_chars(listener.summaries) <= 1_000 + 1_000
+    listener.end()
+    assert max(len(job.text) for job in listener.jobs) <= 1_000
+    told = words_in(listener.jobs[-1].text)
+    assert told == list(range(61 - len(told), 61)), "the newest"
+    error = listener.records[-1]
+    assert error.start_ms == (60 - max(1, len(told))) * 3_000
+
+
+def test_a_model_that_writes_too_much_is_cut_where_its_summaries_are_read_again() -> None:
+    params = SummaryParams(every_minutes=0.1, max_text_chars=1_000)
+    listener = Listener(params, lambda job: wrote(job, "It goes on. " * 500))
+    for each in talk(20, text="w{} " + "x" * 580 + "."):
+        listener.hear(each)
+        assert sum(len(kept.text) for kept in listener.summaries._kept) <= 750
+    listener.end()
+    assert max(len(job.text) for job in listener.jobs) <= 1_000
+    assert any("It goes on." in job.text and "x" in job.text for job in listener.jobs[:-1])
+    assert isinstance(listener.records[0], SummaryRecord)
+    assert len(listener.records[0].text) == 12 * 500 - 1, "what is published is whole"
+
+
 def test_if_that_fails_the_oldest_are_left_out_and_the_closing_record_says_so() -> None:
     params = SummaryParams(every_minutes=0.1, max_text_chars=1_000)
 

@@ -13,6 +13,13 @@ from actors.cli.options import ConfigOption, ModelOption, RuntimeOption, SetOpti
 
 _EXIT_INTERRUPTED = 130
 
+_StaggerOption = Annotated[
+    int,
+    typer.Option(
+        "--stagger-ms", metavar="MS", min=0, max=600_000, help="Start each stream so much later; 0: together."
+    ),
+]
+
 
 @bench_app.command("peer")
 def bench_peer(
@@ -33,12 +40,7 @@ def bench_peer(
         str, typer.Option("--language", metavar="CODE", help="Which recordings of a folder are played.")
     ] = "en",
     num_streams: Annotated[int, typer.Option("--streams", metavar="N", min=1, max=1_000, help="Streams at once.")] = 1,
-    stagger_ms: Annotated[
-        int,
-        typer.Option(
-            "--stagger-ms", metavar="MS", min=0, max=600_000, help="Start each stream so much later; 0: together."
-        ),
-    ] = 1_000,
+    stagger_ms: _StaggerOption = 1_000,
     start_timeout_s: Annotated[
         float, typer.Option("--start-timeout", metavar="S", min=1, max=3_600, help="How long it may take to start.")
     ] = 180.0,

@@ -37,9 +37,9 @@ class _Turn:
 
 
 class _Stretch:
-    """Finals in a row, as far as they may still be handed over: the newest turns, of `max_chars` at least.
+    """Finals in a row, as far as they may still be handed over: all, or the newest turns of over `max_chars`.
 
-    Not more than one turn longer than that, whatever is put in.
+    It is never longer than that by more than a turn, whatever is put in, and no turn is longer than that either.
     """
 
     def __init__(self, max_chars: int) -> None:
@@ -47,7 +47,6 @@ class _Stretch:
         self.turns: deque[_Turn] = deque()
         self._max_chars = max_chars
         self._num_chars = 0
-        self._is_cut = False
 
     def add(self, final: FinalRecord, speaker: str) -> None:
         """Put the next final in."""
@@ -60,23 +59,19 @@ class _Stretch:
         """Put in all of a stretch that follows this one."""
         if later.coverage is not None:
             self.coverage = _both(self.coverage, later.coverage)
-        if later._is_cut:
-            self._is_cut = True
-            self.turns.clear()
-            self._num_chars = 0
         for turn in later.turns:
             self._put(turn)
 
     def _put(self, turn: _Turn) -> None:
         self.turns.append(turn)
         self._num_chars += turn.num_chars
-        while self._num_chars - self.turns[0].num_chars >= self._max_chars:
+        # What is left is always too long to be handed over whole, which is how a stretch that lost some is told.
+        while self._num_chars - self.turns[0].num_chars > self._max_chars:
             self._num_chars -= self.turns.popleft().num_chars
-            self._is_cut = True
 
     def fits(self, max_chars: int) -> bool:
         """Return whether all of it can be handed over in so many characters."""
-        return not self._is_cut and self._num_chars <= max_chars
+        return self._num_chars <= max_chars
 
     def hand_over(self, max_chars: int) -> tuple[str, Coverage]:
         """Return its newest text of up to `max_chars` characters, and what of it that covers.

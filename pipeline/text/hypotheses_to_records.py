@@ -5,14 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
-from pipeline.items import CloseReason, Hypothesis, Task, TaskKind, Word
+from pipeline.items import UNDETERMINED, CloseReason, Hypothesis, Task, TaskKind, Word
 from pipeline.records import ErrorRecord, FinalRecord, PartialRecord, TranslationRecord, WordRecord
 from pipeline.timebase import samples_to_ms
 
 Tier = Literal["edge", "phi4"]
-
-UNKNOWN_LANGUAGE = "und"
-"""The language (ISO 639-2) of a hypothesis whose model does not say which one it heard."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +79,7 @@ def to_error(utterance: Utterance, task: Task, sequence: int, message: str) -> E
 
 def _speech_fields(utterance: Utterance, hypothesis: Hypothesis) -> dict[str, Any]:
     source = "given" if utterance.is_language_given else "detected"
-    if hypothesis.language == UNKNOWN_LANGUAGE:
+    if hypothesis.language == UNDETERMINED:
         source = "tier"  # nobody said it: these models do not tell
     return {
         "stream": utterance.stream_id,
