@@ -132,8 +132,8 @@ class StageDriver:
 
     async def submit_job(self, job: Job) -> Outcome:
         """Return what came of `job` (see `Stages.submit_job`)."""
-        if job.task.kind not in self._info.tasks:
-            message = f"{self._info.model} cannot {job.task.kind.value}"
+        if job.task.kind not in self._info.tasks or (job.frames and self._info.eyes is None):
+            message = f"{self._info.model} cannot {job.task.kind.value} this"
             return Failure(job.key, job.task, FailureKind.FAILED, message)
         return await self._jobs.submit(job)
 

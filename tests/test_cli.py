@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from actors.bench.wer import count_errors
+from actors.cli.options import load
 from pipeline.models.phi4.tiny import make_tiny
 from tests.test_captions import CUE_SRT, CUE_VTT
 
@@ -332,6 +333,15 @@ def test_the_configuration_in_force_is_shown_with_its_origins(environ: dict[str,
     assert re.search(r"^snapshots\.cadence_ms: 320 +# .*in-car\.yaml:\d+$", shown.stdout, re.MULTILINE)
     assert re.search(r"^vad\.window_ms: 20 +# default$", shown.stdout, re.MULTILINE)
     assert surtitle(environ, "config", "check", "edge", "in-car").stdout == "edge: ok\nin-car: ok\n"
+
+
+def test_a_model_given_by_flag_has_an_absolute_path_and_no_revision_of_another(seeing_model: Path) -> None:
+    relative = os.path.relpath(seeing_model)
+    model = load("phi4", None, None, relative).settings.model
+    assert Path(model.name).is_absolute()
+    assert Path(model.name).samefile(seeing_model)
+    assert model.revision is None
+    assert load("phi4", ["model.revision=v1"], None, "org/name").settings.model.revision == "v1"
 
 
 def test_help_loads_nothing_heavy() -> None:

@@ -1,4 +1,4 @@
-"""Questions and summaries on request: over real stages with a tiny model, and what is refused at the door."""
+"""Questions and summaries on request, over real stages with a tiny Phi-4-multimodal; what is refused at the door."""
 
 from __future__ import annotations
 

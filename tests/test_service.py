@@ -12,9 +12,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 
 from actors.follow import follow
@@ -23,8 +25,9 @@ from actors.settings import Settings
 from actors.store import RedisParams, Store
 from pipeline.errors import ServiceError, StoreError, WeightsHashError
 from pipeline.models import weights
+from pipeline.models.phi4.tiny import make_tiny
 from pipeline.models.weights import ModelParams
-from pipeline.records import FinalRecord
+from pipeline.records import ErrorRecord, FinalRecord, SceneRecord
 from tests.tiny_whisper import save_tiny
 
 
@@ -33,10 +36,15 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny(tmp_path_factory.mktemp("tiny"))
 
 
+@pytest.fixture(scope="module")
+def seeing_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny(tmp_path_factory.mktemp("tiny-phi4"))
+
+
 @contextmanager
-def service(data_dir: Path, model: Path, port: int) -> Iterator[subprocess.Popen[str]]:
-    """`surtitle serve --runtime local` in a process of its own."""
-    values = {"runtime": "local", "redis__data_dir": data_dir, "model__name": model, "service__port": port}
+def service(data_dir: Path, model: Path, port: int, runtime: str = "local") -> Iterator[subprocess.Popen[str]]:
+    """`surtitle serve` in a process of its own."""
+    values = {"runtime": runtime, "redis__data_dir": data_dir, "model__name": model, "service__port": port}
     environment = os.environ | {f"SURTITLE_{name.upper()}": str(value) for name, value in values.items()}
     command = [sys.executable, "-c", "from actors.cli import main; main()", "serve"]
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
@@ -62,8 +70,8 @@ def wait_until_ready(process: subprocess.Popen[str]) -> None:
     pytest.fail(f"the service ended with status {process.wait()}")
 
 
-def request(port: int, method: str, path: str, body: object = None) -> tuple[int, bytes]:
-    with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=30)) as connection:
+def request(port: int, method: str, path: str, body: object = None, timeout_s: float = 30) -> tuple[int, bytes]:
+    with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=timeout_s)) as connection:
         connection.request(method, path, json.dumps(body) if body else None, {"Content-Type": "application/json"})
         response = connection.getresponse()
         return response.status, response.read()
@@ -86,6 +94,47 @@ async def test_a_signal_flushes_every_stream_and_ends_well(
         records = [item.record async for item in follow(store.client(), "hall")]
     finals = [record for record in records if isinstance(record, FinalRecord)]
     assert finals[-1].close_reason == "end"
+    assert (records[-1].kind, getattr(records[-1], "event", "")) == ("health", "ended")
+
+
+def kill_replicas(process: subprocess.Popen[str], deployment: str) -> int:
+    """kill -9 the replicas of `deployment` below a service on Ray; return how many there were."""
+    replicas = []
+    for child in psutil.Process(process.pid).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if f":{deployment}" in (title := " ".join(child.cmdline())) and title.startswith("ray::ServeReplica"):
+                replicas.append(child)
+    for replica in replicas:
+        replica.kill()
+    return len(replicas)
+
+
+async def test_scenes_and_answers_on_ray_and_eyes_that_are_killed_under_a_question(
+    data_dir: Path, redis_params: RedisParams, seeing_model: Path, media: Path, free_port: int
+) -> None:
+    video = str(media / "demo.mp4")
+    question = {"question": "What is it?", "pictures": [video] * 4}
+
+    async def post(path: str, body: object) -> tuple[int, dict[str, Any]]:
+        status, answer = await asyncio.to_thread(request, free_port, "POST", path, body, 120)
+        return status, json.loads(answer)
+
+    with service(data_dir, seeing_model, free_port, "ray") as process:
+        await asyncio.to_thread(wait_until_ready, process)
+        status, expected = await post("/v1/answers", question)
+        assert (status, expected["tier"]) == (200, "phi4"), expected
+        asked = [asyncio.create_task(post("/v1/answers", question)) for _ in range(4)]
+        await asyncio.wait(asked, timeout=0.2)
+        assert await asyncio.to_thread(kill_replicas, process, "VisionEncoder") == 1
+        assert [await answer for answer in asked] == [(200, expected)] * 4
+        spec = {"source": video, "stream_id": "hall", "pace": "fast", "scheduling": "by_sample", "has_scenes": True}
+        assert (await post("/v1/streams", spec))[0] == 201
+        async with Store(redis_params) as store, asyncio.timeout(120):
+            records = [item.record async for item in follow(store.client(), "hall")]
+        process.send_signal(signal.SIGTERM)
+        await asyncio.to_thread(process.wait, 30)
+    assert len([record for record in records if isinstance(record, SceneRecord)]) >= 4
+    assert not [record for record in records if isinstance(record, ErrorRecord)]
     assert (records[-1].kind, getattr(records[-1], "event", "")) == ("health", "ended")
 
 

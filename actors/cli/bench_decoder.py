@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from actors.cli.app import bench_app
-from actors.cli.options import ConfigOption, SetOption, load
+from actors.cli.options import ConfigOption, ModelOption, SetOption, load
 
 
 @bench_app.command("decoder")
@@ -26,6 +26,7 @@ def bench_decoder(
     ] = 3,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of where utterances are cut.")] = 1,
     is_json: Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")] = False,
+    model: ModelOption = None,
     config: ConfigOption = None,
     sets: SetOption = None,
 ) -> None:
@@ -34,7 +35,8 @@ def bench_decoder(
     from actors.cli.benches import print_report, show_bar  # noqa: PLC0415
     from actors.cli.console import note  # noqa: PLC0415
 
-    options = DecoderOptions(media, num_requests, num_repeats, seed, load(config, sets).settings)
+    settings = load(config, sets, model=model).settings
+    options = DecoderOptions(media, num_requests, num_repeats, seed, settings)
     with show_bar() as advance:
         report = run_decoder(options, advance)
     print_report(report, report.to_json(), is_json=is_json)

@@ -9,9 +9,16 @@ from typing import Annotated
 import typer
 
 from actors.cli.app import bench_app
-from actors.cli.options import ConfigOption, RuntimeOption, SetOption, load
+from actors.cli.options import ConfigOption, ModelOption, RuntimeOption, SetOption, load
 
 _EXIT_INTERRUPTED = 130
+
+_StaggerOption = Annotated[
+    int,
+    typer.Option(
+        "--stagger-ms", metavar="MS", min=0, max=600_000, help="Start each stream so much later; 0: together."
+    ),
+]
 
 
 @bench_app.command("peer")
@@ -33,12 +40,7 @@ def bench_peer(
         str, typer.Option("--language", metavar="CODE", help="Which recordings of a folder are played.")
     ] = "en",
     num_streams: Annotated[int, typer.Option("--streams", metavar="N", min=1, max=1_000, help="Streams at once.")] = 1,
-    stagger_ms: Annotated[
-        int,
-        typer.Option(
-            "--stagger-ms", metavar="MS", min=0, max=600_000, help="Start each stream so much later; 0: together."
-        ),
-    ] = 1_000,
+    stagger_ms: _StaggerOption = 1_000,
     start_timeout_s: Annotated[
         float, typer.Option("--start-timeout", metavar="S", min=1, max=3_600, help="How long it may take to start.")
     ] = 180.0,
@@ -46,6 +48,7 @@ def bench_peer(
         bool, typer.Option("--with-surtitle/--without-surtitle", help="Measure surtitle after it, in the same way.")
     ] = True,
     is_json: Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")] = False,
+    model: ModelOption = None,
     runtime: RuntimeOption = None,
     config: ConfigOption = None,
     sets: SetOption = None,
@@ -67,7 +70,7 @@ def bench_peer(
         stagger_ms=stagger_ms,
         start_timeout_s=start_timeout_s,
         has_surtitle=has_surtitle,
-        settings=load(config, sets, runtime).settings,
+        settings=load(config, sets, runtime, model).settings,
     )
     try:
         with progress("reading the media") as report_progress:

@@ -73,13 +73,15 @@ def load(
     from actors.settings import load_settings  # noqa: PLC0415 - takes half a second
     from actors.settings_layers import Override, parse_set_flag  # noqa: PLC0415
 
-    overrides = [parse_set_flag(text) for text in sets or ()]
-    if runtime is not None:
-        overrides.append(Override("runtime", runtime.value, "flag --runtime"))
+    overrides = []
     if model is not None:
         directory = Path(model).expanduser()
         name = str(directory.absolute()) if directory.is_dir() else model
-        overrides.append(Override("model.name", name, "flag --model"))
+        # The revision of another model means nothing for this one.
+        overrides += [Override("model.name", name, "flag --model"), Override("model.revision", "null", "flag --model")]
+    overrides += [parse_set_flag(text) for text in sets or ()]
+    if runtime is not None:
+        overrides.append(Override("runtime", runtime.value, "flag --runtime"))
     return load_settings(config, overrides)
 
 
