@@ -149,6 +149,7 @@ class Gateway:
             self._stages,
             self._publisher,
             scheduling=Scheduling(spec.scheduling),
+            waits_for_scenes=spec.pace == "fast",
             observer=self._metrics,
         )
         running = self._running[stream_id] = _Running(session, source, _now())

@@ -66,7 +66,11 @@ class SessionObserver(Protocol):
 
 
 class Session:
-    """One live stream."""
+    """One live stream.
+
+    With `waits_for_scenes` every keyframe is looked at before more is heard, for media that is not live: otherwise only the
+    newest one counts.
+    """
 
     def __init__(
         self,
@@ -77,6 +81,7 @@ class Session:
         publisher: Publisher,
         *,
         scheduling: Scheduling = Scheduling.BY_TIME,
+        waits_for_scenes: bool = False,
         observer: SessionObserver | None = None,
     ) -> None:
         self.stream_id = stream_id
@@ -87,6 +92,7 @@ class Session:
         self._stages = stages
         self._publisher = publisher
         self._scheduling = scheduling
+        self._waits_for_scenes = waits_for_scenes
         self._observer = observer
         self._stop = asyncio.Event()
         self._progress = asyncio.Condition()
@@ -218,7 +224,7 @@ class Session:
         self._last_frame = frame
         stream.push_frame(frame)
         self._submit_due(stream)
-        if self._scheduling is Scheduling.BY_SAMPLE:
+        if self._waits_for_scenes or self._scheduling is Scheduling.BY_SAMPLE:
             await self._until(lambda: not self._num_jobs)
 
     async def _close(self, stream: Stream) -> None:

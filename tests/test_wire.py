@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from ingest.source import AudioBlock, SourceGap, SourceInfo
+from ingest.source import AudioBlock, SourceGap, SourceInfo, VideoFrame
 from ingest.wire import (
     MAX_BLOCK_SAMPLES,
     MAX_PAYLOAD_BYTES,
@@ -33,6 +33,15 @@ infos = st.builds(
     duration_s=st.none() | st.floats(0, 1e6),
     container=texts,
     codec=texts,
+    has_video=st.booleans(),
+    width_px=st.integers(0, 10_000),
+    height_px=st.integers(0, 10_000),
+)
+MAX_FRAME_PIXELS = 20 * 20
+frames = st.builds(
+    VideoFrame,
+    st.integers(0, (1 << 64) - 1),
+    arrays(np.uint8, st.tuples(st.integers(1, 20), st.integers(1, 20), st.just(3))),
 )
 blocks = st.builds(
     AudioBlock,
@@ -41,6 +50,7 @@ blocks = st.builds(
 messages = st.one_of(
     st.builds(Opened, infos),
     blocks,
+    frames,
     st.builds(SourceGap, st.integers(1, 1 << 40), texts),
     st.builds(Failed, st.sampled_from(FailureKind), texts),
     st.builds(Ended, st.integers(0, (1 << 64) - 1)),
@@ -63,6 +73,8 @@ def described(**changes: object) -> bytes:
 def is_same(one: Message, other: Message) -> bool:
     if isinstance(one, AudioBlock) and isinstance(other, AudioBlock):
         return one.samples.dtype == other.samples.dtype == np.int16 and np.array_equal(one.samples, other.samples)
+    if isinstance(one, VideoFrame) and isinstance(other, VideoFrame):
+        return one.start_sample == other.start_sample and np.array_equal(one.pixels, other.pixels)
     return one == other
 
 
@@ -70,7 +82,7 @@ def is_same(one: Message, other: Message) -> bool:
 @given(st.lists(messages, max_size=6), st.lists(st.integers(0, 400), max_size=8))
 def test_messages_survive_the_wire_however_the_bytes_are_split(sent: list[Message], cuts: list[int]) -> None:
     data = b"".join(encode(message) for message in sent)
-    parser = WireParser()
+    parser = WireParser(MAX_FRAME_PIXELS)
     received: list[Message] = []
     start = 0
     for cut in [*sorted(cuts), len(data)]:
@@ -83,19 +95,19 @@ def test_messages_survive_the_wire_however_the_bytes_are_split(sent: list[Messag
 @settings(max_examples=300, deadline=None)
 @given(st.binary(max_size=300))
 def test_any_bytes_are_messages_or_refused(data: bytes) -> None:
-    parser = WireParser()
+    parser = WireParser(MAX_FRAME_PIXELS)
     try:
         parser.feed(data)
     except WireError:
         return
-    assert len(data) < 5 or data[:1] in b"IAGXE"
+    assert len(data) < 5 or data[:1] in b"IAGXEV"
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.sampled_from([b"I", b"A", b"G", b"X", b"E"]), st.binary(max_size=60))
+@given(st.sampled_from([b"I", b"A", b"G", b"X", b"E", b"V"]), st.binary(max_size=60))
 def test_any_payload_is_a_message_within_bounds_or_refused(kind: bytes, payload: bytes) -> None:
     try:
-        (message,) = WireParser().feed(kind + struct.pack("<I", len(payload)) + payload)
+        (message,) = WireParser(MAX_FRAME_PIXELS).feed(kind + struct.pack("<I", len(payload)) + payload)
     except WireError:
         return
     match message:
@@ -104,6 +116,9 @@ def test_any_payload_is_a_message_within_bounds_or_refused(kind: bytes, payload:
             assert 1 <= samples.shape[1] <= MAX_BLOCK_SAMPLES
         case SourceGap(num_samples):
             assert 1 <= num_samples <= 1 << 40
+        case VideoFrame(_, pixels):
+            assert 1 <= pixels.shape[0] * pixels.shape[1] <= MAX_FRAME_PIXELS
+            assert pixels.shape[2] == 3
 
 
 @pytest.mark.parametrize(
@@ -125,6 +140,8 @@ def test_any_payload_is_a_message_within_bounds_or_refused(kind: bytes, payload:
         (described(duration_s=-1.0), "-1.0 s"),
         (described(codec="pcm\x1b[2J"), "cannot be printed"),
         (described(num_channels=9), "9 channels"),
+        (described(width_px=-1), "-1 x 0 pixels"),
+        (b"V\x0c\0\0\0" + bytes(12), "unknown kind"),
         (b"X" + struct.pack("<I", MAX_TEXT_BYTES + 2) + b"\x01" + b"a" * (MAX_TEXT_BYTES + 1), "over the limit"),
         (b"I\x02\0\0\0{}", "6 wrong fields"),
         (b"E\x01\0\0\0\x01", "expected 8"),
@@ -160,3 +177,45 @@ def test_a_message_is_always_one_line() -> None:
 def test_long_texts_are_cut_at_a_character() -> None:
     (received,) = WireParser().feed(encode(Failed(FailureKind.MEDIA, "ä" * 5_000)))
     assert received == Failed(FailureKind.MEDIA, "ä" * (MAX_TEXT_BYTES // 2))
+
+
+@pytest.mark.parametrize(
+    ("payload", "reason"),
+    [
+        (bytes(11), "too short"),
+        (struct.pack("<QHH", 0, 0, 0), "no frame of 0 x 0"),
+        (struct.pack("<QHH", 0, 1, 0), "no frame of 1 x 0"),
+        (struct.pack("<QHH", 0, 2, 1) + bytes(5), "no frame of 2 x 1"),
+        (struct.pack("<QHH", 0, 2, 1) + bytes(7), "no frame of 2 x 1"),
+        (struct.pack("<QHH", 0, 65_535, 65_535) + bytes(30), "no frame of 65535 x 65535"),
+    ],
+)
+def test_a_frame_whose_sizes_do_not_agree_is_refused(payload: bytes, reason: str) -> None:
+    with pytest.raises(WireError, match=reason):
+        WireParser(MAX_FRAME_PIXELS).feed(b"V" + struct.pack("<I", len(payload)) + payload)
+
+
+def test_a_frame_over_the_limit_is_refused_before_its_bytes_are_waited_for() -> None:
+    largest = VideoFrame(7, np.zeros((20, 20, 3), np.uint8))
+    (received,) = WireParser(MAX_FRAME_PIXELS).feed(encode(largest))
+    assert is_same(received, largest)
+    with pytest.raises(WireError, match="over the limit"):
+        WireParser(MAX_FRAME_PIXELS).feed(encode(VideoFrame(7, np.zeros((20, 21, 3), np.uint8)))[:5])
+
+
+def test_large_frames_arrive_in_small_pieces_and_may_be_written_to() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (896, 1_344, 3), np.uint8)
+    data = b"".join(encode(VideoFrame(index, pixels)) for index in range(2))
+    parser = WireParser(6 * 448 * 448)
+    received = [message for start in range(0, len(data), 4_096) for message in parser.feed(data[start : start + 4_096])]
+    assert all(is_same(message, VideoFrame(index, pixels)) for index, message in enumerate(received))
+    assert len(received) == 2
+    assert all(isinstance(message, VideoFrame) and message.pixels.flags.writeable for message in received)
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 3), (4, 4, 4), (1, 65_536, 3)])
+def test_what_is_no_frame_is_not_sent(shape: tuple[int, int, int]) -> None:
+    with pytest.raises(ValueError, match=r"no picture|does not fit"):
+        encode(VideoFrame(0, np.zeros(shape, np.uint8)))
+    with pytest.raises(ValueError, match="64 bits"):
+        encode(VideoFrame(-1, np.zeros((1, 1, 3), np.uint8)))
