@@ -68,8 +68,8 @@ class SessionObserver(Protocol):
 class Session:
     """One live stream.
 
-    With `waits_for_scenes` every keyframe is looked at before more is heard, for media that is not live: otherwise only the
-    newest one counts.
+    With `waits_for_scenes` every keyframe is looked at before more is heard, for media that is not live; otherwise only
+    the newest one counts.
     """
 
     def __init__(
