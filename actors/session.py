@@ -101,6 +101,7 @@ class Session:
         self._stream: Stream | None = None
         self._writer: StreamWriter | None = None
         self._tasks: asyncio.TaskGroup | None = None
+        self._start_sample = 0  # of the stream's clock, at which the source's is 0
         self._num_jobs = 0
         self._last_frame: Frame | None = None
 
@@ -129,6 +130,7 @@ class Session:
                 target_languages=self._params.captions.translate_to,
             )
             resume = self._writer.resume
+            self._start_sample = _ceil_to_grid(ms_to_samples(resume.covered_ms))
             self._stream = Stream(
                 self.stream_id,
                 self._params,
@@ -137,7 +139,7 @@ class Session:
                 start=StartPoint(
                     next_sequence=resume.next_sequence,
                     next_utterance=resume.next_utterance,
-                    start_sample=_ceil_to_grid(ms_to_samples(resume.covered_ms)),
+                    start_sample=self._start_sample,
                     is_resumed=resume.is_resumed,
                 ),
                 crop_size=None if eyes is None else eyes.crop_size,
@@ -205,7 +207,7 @@ class Session:
 
     async def _hear(self, stream: Stream, item: SourceItem) -> None:
         if isinstance(item, VideoFrame):
-            await self._see(stream, Frame(item.start_sample, item.pixels))
+            await self._see(stream, Frame(self._start_sample + item.start_sample, item.pixels))
             return
         if isinstance(item, SourceGap):
             heard = stream.chunker.push_gap(item.num_samples, item.reason)

@@ -399,6 +399,20 @@ async def test_scenes_and_summaries_of_interleaved_sessions_equal_those_of_each_
         assert isinstance(together[-1], HealthRecord)
 
 
+async def test_scenes_of_a_second_run_lie_where_its_sound_lies(sound, seeing_stages: Stages, publisher, store):
+    async with asyncio.timeout(120):
+        for _ in range(2):
+            source = VideoSource(sound[: 5 * SAMPLE_RATE_HZ], frames_of(0))
+            await run_session(Session("s", SEEING, source, seeing_stages, publisher, scheduling=Scheduling.BY_SAMPLE))
+    records = await read_all(store, "s")
+    resumed_ms = next(
+        record.start_ms for record in records if isinstance(record, HealthRecord) and record.event == "resumed"
+    )
+    assert resumed_ms >= 5_000
+    starts_ms = [record.start_ms for record in records if record.kind == "scene"]
+    assert starts_ms == [at_ms + since_ms for since_ms in (0, resumed_ms) for at_ms in (0, 1_500, 3_000, 4_500)]
+
+
 async def test_by_time_the_newest_picture_is_looked_at_and_the_end_waits_for_it(
     sound, seeing_stages: Stages, publisher, store
 ):
