@@ -5,7 +5,8 @@ the time and carries the calls out.
 
 The rules:
     - jobs with the same needs go together, so that the frames of all streams share batches of crops; a call holds up to
-      `max_frames_per_call` frames, but at least one job;
+      `max_frames_per_call` frames and `max_sound_s_per_call` of sound, but at least one job: captions wait for the same
+      encoder;
     - one call of a kind of need is with the encoders at once, and no more than `max_in_flight` of its jobs are with the
       models: what needs no pictures never waits behind pictures;
     - answers go before scenes, scenes before summaries, each in the order of arrival;
@@ -24,6 +25,7 @@ from pydantic import Field
 
 from pipeline.items import Failure, FailureKind, Job, TaskKind
 from pipeline.params import Params
+from pipeline.timebase import SAMPLE_RATE_HZ
 
 
 class JobParams(Params):
@@ -40,6 +42,9 @@ class JobParams(Params):
         default=60_000.0, gt=0, le=3_600_000, description="a call of jobs that gives nothing for so long counts as lost"
     )
     max_frames_per_call: int = Field(default=16, ge=1, le=256, description="frames of one call, of all streams")
+    max_sound_s_per_call: int = Field(
+        default=60, ge=1, le=3_600, description="sound of one call, of all jobs; captions wait until it is encoded"
+    )
     max_in_flight: int = Field(
         default=8, ge=1, le=128, description="jobs with the models at once, of those with the same needs"
     )
@@ -194,10 +199,13 @@ class JobQueue:
             return []
         chosen: list[Ticket] = []
         keys = set()
-        num_frames = 0
+        max_samples = self._params.max_sound_s_per_call * SAMPLE_RATE_HZ
+        num_frames = num_samples = 0
         for ticket in sorted((ticket for ticket in self._waiting if ticket.need is need), key=_rank):
             num_frames += len(ticket.job.frames)
-            if len(chosen) == room or (chosen and num_frames > self._params.max_frames_per_call):
+            num_samples += 0 if ticket.job.samples is None else len(ticket.job.samples)
+            is_large = num_frames > self._params.max_frames_per_call or num_samples > max_samples
+            if len(chosen) == room or (chosen and is_large):
                 break
             # The outcomes of a call are told apart by their keys.
             if ticket.job.key not in keys:

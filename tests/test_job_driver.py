@@ -26,6 +26,7 @@ from pipeline.errors import StageUnavailable
 from pipeline.items import Failure, FailureKind, Frame, Hypothesis, Job, JobKey, Outcome, Task, TaskKind
 from pipeline.models.phi4.tiny import make_tiny
 from pipeline.models.weights import ModelParams
+from pipeline.timebase import SAMPLE_RATE_HZ
 from pipeline.vision.frames_to_embeddings import FramesToEmbeddings
 from pipeline.vision.params import VisionParams
 from tests.tiny_whisper import save_tiny
@@ -95,6 +96,20 @@ def test_a_call_holds_so_many_frames_but_at_least_one_job() -> None:
     assert jobs_of(queue.take()) == large[:1]
     queue.end_encoding(Need.FRAMES)
     assert jobs_of(queue.take()) == large[1:]
+
+
+def test_long_sounds_go_to_the_encoder_that_captions_wait_for_one_by_one() -> None:
+    second = np.zeros(SAMPLE_RATE_HZ, np.int16)
+    jobs = [
+        dataclasses.replace(job(TaskKind.SUMMARISE, stream=name), samples=np.tile(second, num_seconds))
+        for name, num_seconds in (("a", 9), ("b", 1), ("c", 2), ("d", 1))
+    ]
+    queue = queue_of(*jobs, max_sound_s_per_call=3)
+    calls = []
+    for _ in range(3):
+        calls.append([item.key.stream_id for item in jobs_of(queue.take())])
+        queue.end_encoding(Need.SOUND)
+    assert calls == [["a"], ["b", "c"], ["d"]]
 
 
 def test_only_so_many_jobs_of_a_need_are_with_the_models() -> None:
