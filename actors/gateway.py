@@ -95,7 +95,8 @@ class Gateway:
             stages = opening.result()
             self._exits.push_async_callback(stages.aclose)
             self._stages = stages
-            self._questions = Questions(stages, self._settings.audio, self._decoders)
+            slot_tokens = self._settings.decoder.slot_tokens
+            self._questions = Questions(stages, self._settings.audio, self._decoders, slot_tokens=slot_tokens)
             self._publisher = await self._exits.enter_async_context(Publisher(store))
         except BaseExceptionGroup as group_of_errors:
             await self._exits.aclose()

@@ -23,7 +23,7 @@ from ingest.source import AudioBlock, AudioParams, ChannelMode, SourceGap, Video
 from pipeline.errors import CapacityExceeded, ConfigError, MediaError, ServiceError, StageError
 from pipeline.items import Failure, FailureKind, Frame, Job, JobKey, Task, TaskKind
 from pipeline.params import Params
-from pipeline.timebase import SAMPLE_RATE_HZ
+from pipeline.timebase import CHUNK_SAMPLES, SAMPLE_RATE_HZ
 
 MAX_PICTURES = 4
 MAX_QUESTION_S = 60
@@ -92,10 +92,17 @@ class Answer(Params):
 
 
 class Questions:
-    """Answers requests over `stages`. Belongs to their event loop."""
+    """Answers requests over `stages`. Belongs to their event loop.
 
-    def __init__(self, stages: Stages, audio: AudioParams, processes: DecoderProcesses) -> None:
+    Sound that does not fit a slot of the decoder, of `slot_tokens`, is refused before it is encoded: live captions
+    would wait for the encoder meanwhile.
+    """
+
+    def __init__(
+        self, stages: Stages, audio: AudioParams, processes: DecoderProcesses, *, slot_tokens: int | None = None
+    ) -> None:
         self._stages = stages
+        self._slot_s = None if slot_tokens is None else slot_tokens * CHUNK_SAMPLES // SAMPLE_RATE_HZ
         self._audio = audio.model_copy(update={"channels": ChannelMode.MIX})
         self._processes = processes
         self._num_requests = 0
@@ -191,9 +198,12 @@ class Questions:
         """Return all sound of a file, int16[n] at 16 kHz.
 
         Raises:
-            MediaError: if it cannot be read, has none or more than `max_s` seconds.
+            MediaError: if it cannot be read, has none, more than `max_s` seconds or more than a slot holds.
         """
-        too_long = MediaError(f"{PurePath(path).name} has more than {_spoken(max_s)} of sound: give a shorter piece")
+        way_out = "give a shorter piece"
+        if self._slot_s is not None and self._slot_s < max_s:
+            max_s, way_out = self._slot_s, f"{way_out}, or raise decoder.slot_tokens (12.5 a second)"
+        too_long = MediaError(f"{PurePath(path).name} has more than {_spoken(max_s)} of sound: {way_out}")
         blocks: list[NDArray[np.int16]] = []
         num_samples = 0
         async with ContainerSource(path, self._audio, Pace.FAST, self._processes) as source:
@@ -227,4 +237,4 @@ def _num_samples_of(item: AudioBlock | SourceGap) -> int:
 
 
 def _spoken(seconds: int) -> str:
-    return f"{seconds // 60} minutes" if seconds > 60 else f"{seconds} seconds"
+    return f"{seconds // 60} minutes" if seconds >= 120 else f"{seconds} seconds"

@@ -103,6 +103,19 @@ def video(media: Path) -> Path:
     return media / "demo.mp4"
 
 
+async def test_sound_that_fits_no_slot_is_refused_before_it_is_encoded(
+    stages: KeptStages, processes: DecoderProcesses, clip: Path
+) -> None:
+    for slot_tokens, is_refused in ((13, True), (26, False)):
+        asked = Questions(stages, AudioParams(), processes, slot_tokens=slot_tokens)
+        if is_refused:
+            with pytest.raises(MediaError, match=r"more than 1 seconds of sound: .* raise decoder\.slot_tokens"):
+                await asked.summarise(SummariseSpec(source=str(clip)))
+        else:
+            await asked.summarise(SummariseSpec(source=str(clip)))
+    assert len(stages.jobs) == 1
+
+
 async def test_a_question_about_pictures_is_answered(asked: Questions, stages: KeptStages, video: Path) -> None:
     answer = await asked.answer(AskSpec(question="  What is it? ", pictures=(str(video), str(video))))
     assert (answer.tier, answer.language) == ("phi4", "en")

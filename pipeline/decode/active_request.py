@@ -191,7 +191,7 @@ class ActiveRequest:
         if room < 1:
             raise ValueError(
                 f"the prompt has {num_prompt_tokens} tokens, with those of sound, pictures and text given, which "
-                "leaves no room for text in a slot of the decoder"
+                "leaves no room for text in a slot of the decoder: give less, or raise decoder.slot_tokens"
             )
         guards, num_samples = self._params.guards, self.num_audio_samples
         is_speech = task.kind in _OF_SPEECH
