@@ -58,3 +58,8 @@ def test_a_live_frame_is_never_coarser_than_the_reference_would_have_it(
 def test_sizes_of_cameras(size_px: tuple[int, int], expected: tuple[int, int, int, int]) -> None:
     layout = plan_live_crops(*size_px, CROP, PATCH, 6)
     assert (layout.columns, layout.rows, layout.width_px, layout.height_px) == expected
+
+
+def test_a_refusal_names_the_size_that_the_picture_has() -> None:
+    with pytest.raises(MediaError, match="a picture of 8000 x 20 pixels"):
+        plan_live_crops(8_000, 20, CROP, PATCH, 6)

@@ -31,8 +31,13 @@ def ask_question(
 
     Raises:
         SurtitleError: if a file, the service or the models cannot be used, or nothing was asked.
-        typer.BadParameter: if there are too many pictures, or too much is asked.
+        typer.BadParameter: if there are too many pictures, too much or nothing is asked, or about nothing.
     """
+    # Told here, before any model is loaded.
+    if sound is None and not question.strip():
+        raise typer.BadParameter("nothing is asked: give QUESTION, or --sound with a spoken one")
+    if sound is None and not pictures:
+        raise typer.BadParameter("the question is about nothing: give --picture or --sound")
     paths = {
         "pictures": tuple(map(check_path, pictures)),
         "sound": None if sound is None else check_path(sound),

@@ -99,11 +99,15 @@ def plan_crops(
     else:
         resized = int(width_px * height_ratio), crop_size * rows
     if min(resized) < _MIN_SIDE_PX:
-        raise MediaError(
-            f"a picture of {width_px} x {height_px} pixels would be resized to {resized[0]} x {resized[1]}; the model "
-            f"needs {_MIN_SIDE_PX} on either side: cut it into shorter pieces"
-        )
+        raise _too_thin((width_px, height_px), resized)
     return CropLayout(columns, rows, *resized, crop_size, patch_size)
+
+
+def _too_thin(size_px: tuple[int, int], resized_px: tuple[int, int]) -> MediaError:
+    return MediaError(
+        f"a picture of {size_px[0]} x {size_px[1]} pixels would be resized to {resized_px[0]} x {resized_px[1]}; the "
+        f"model needs {_MIN_SIDE_PX} on either side: cut it into shorter pieces"
+    )
 
 
 def _grid(width_px: int, height_px: int, crop_size: int, max_crops: int) -> tuple[int, int]:
@@ -148,5 +152,8 @@ def plan_live_crops(width_px: int, height_px: int, crop_size: int, patch_size: i
             min(crop_size * columns / width_px, crop_size * (max_crops // columns) / height_px)
             for columns in range(1, max_crops + 1)
         )
-        width_px, height_px = max(1, int(width_px * scale)), max(1, int(height_px * scale))
+        scaled_px = int(width_px * scale), int(height_px * scale)
+        if min(scaled_px) < _MIN_SIDE_PX:
+            raise _too_thin((width_px, height_px), scaled_px)
+        width_px, height_px = scaled_px
     return plan_crops(width_px, height_px, crop_size, patch_size, max_crops)
