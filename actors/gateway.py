@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import OrderedDict
-from contextlib import AsyncExitStack
+from collections.abc import Iterator
+from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
@@ -25,7 +26,7 @@ from actors.store import Store
 from ingest.container import ContainerSource, Pace
 from ingest.processes import DecoderProcesses
 from ingest.source import ChannelMode
-from pipeline.errors import CapacityExceeded, ServiceError, StreamNotFound, SurtitleError
+from pipeline.errors import CapacityExceeded, MediaError, ServiceError, StreamNotFound, SurtitleError
 from pipeline.stream_params import StreamParams
 
 if TYPE_CHECKING:
@@ -218,20 +219,21 @@ class Gateway:
             MediaError: if a picture or the sound cannot be read, or is too long.
             StageError: if the models have no answer.
         """
-        questions = self._opened_questions()
-        if spec.stream_id is None:
-            return await questions.answer(spec)
-        running = self._running.get(spec.stream_id)
-        if running is None:
-            raise StreamNotFound(f"no stream {spec.stream_id!r} is live here")
-        return await questions.answer(spec, running.session.last_frame)
+        with self._asked() as questions:
+            if spec.stream_id is None:
+                return await questions.answer(spec)
+            running = self._running.get(spec.stream_id)
+            if running is None:
+                raise StreamNotFound(f"no stream {spec.stream_id!r} is live here")
+            return await questions.answer(spec, running.session.last_frame)
 
     async def summarise(self, spec: SummariseSpec) -> Answer:
         """Summarise a text, or the speech of a media file.
 
         Raises: as `answer`.
         """
-        return await self._opened_questions().summarise(spec)
+        with self._asked() as questions:
+            return await questions.summarise(spec)
 
     async def drain(self) -> None:
         """Admit nothing more, end every stream with its last finals; those too slow are cut off. Idempotent."""
@@ -296,10 +298,18 @@ class Gateway:
 
     # -- sessions ---------------------------------------------------------------------------------
 
-    def _opened_questions(self) -> Questions:
+    @contextmanager
+    def _asked(self) -> Iterator[Questions]:
+        """Yield who answers. A process that decodes media dies with the gateway: then the media is not to blame."""
+        stopping = ServiceError("the gateway is stopping")
         if self._questions is None or not self.is_ready:
-            raise ServiceError("the gateway is stopping" if self._is_draining else "the gateway has not started yet")
-        return self._questions
+            raise stopping if self._is_draining else ServiceError("the gateway has not started yet")
+        try:
+            yield self._questions
+        except MediaError as exc:
+            if self._is_draining:
+                raise stopping from exc
+            raise
 
     def _source_of(self, spec: StreamSpec, params: StreamParams, info: StagesInfo) -> ContainerSource:
         audio = self._settings.audio

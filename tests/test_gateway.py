@@ -193,6 +193,19 @@ async def test_a_video_is_looked_at_and_asked_about_while_it_plays(
             await gateway.summarise(SummariseSpec(source=str(clip)))
 
 
+async def test_a_question_cut_off_by_the_gateways_end_is_no_fault_of_its_media(
+    local_settings: Settings, seeing_model: ModelParams, speech: Path, tmp_path: Path
+) -> None:
+    long = write_pcm(tmp_path / "long.wav", np.tile(read_pcm(speech)[: 60 * 16_000], 5)[: 5 * 60 * 16_000])
+    settings = local_settings.model_copy(update={"model": seeing_model})
+    async with running(settings) as gateway:
+        asking = asyncio.create_task(gateway.summarise(SummariseSpec(source=str(long))))
+        await asyncio.sleep(0.05)
+        await gateway.aclose()
+        with pytest.raises(ServiceError, match="stopping"):
+            await asking
+
+
 async def test_scenes_that_are_configured_can_be_switched_off(
     local_settings: Settings, seeing_model: ModelParams, media: Path
 ) -> None:
