@@ -143,10 +143,17 @@ def plan_live_crops(width_px: int, height_px: int, crop_size: int, patch_size: i
         MediaError: as `plan_crops`.
         ValueError: as `plan_crops`.
     """
+    scale = 1.0
     if math.ceil(width_px / crop_size) * math.ceil(height_px / crop_size) > max_crops:
         scale = max(
             min(crop_size * columns / width_px, crop_size * (max_crops // columns) / height_px)
             for columns in range(1, max_crops + 1)
         )
-        width_px, height_px = max(1, int(width_px * scale)), max(1, int(height_px * scale))
-    return plan_crops(width_px, height_px, crop_size, patch_size, max_crops)
+    smaller_px = max(1, int(width_px * scale)), max(1, int(height_px * scale))
+    try:
+        return plan_crops(*smaller_px, crop_size, patch_size, max_crops)
+    except MediaError as exc:
+        raise MediaError(
+            f"a picture of {width_px} x {height_px} pixels is too long and thin for {max_crops} crops of {crop_size} "
+            "pixels: cut it into shorter pieces"
+        ) from exc
