@@ -22,7 +22,7 @@ from transformers import Phi4MultimodalForCausalLM
 from pipeline.errors import ModelError
 from pipeline.items import Failure, FailureKind, Frame, FrameSet, JobKey, Pictures, TaskKind
 from pipeline.models.phi4 import checkpoint
-from pipeline.models.phi4.checkpoint import load_config, load_part
+from pipeline.models.phi4.checkpoint import load_config, load_decoder, load_part
 from pipeline.models.phi4.crops import cut_crops, lay_out
 from pipeline.models.phi4.dtype import phi4_dtype
 from pipeline.models.phi4.keys import PREFIXES
@@ -54,13 +54,7 @@ def model(folder: Path) -> ModelParams:
 
 @pytest.fixture(scope="module")
 def encoder(folder: Path) -> SiglipEncoder:
-    prefix = "img_processor."
-    tensors = {
-        name.removeprefix(prefix): tensor
-        for name, tensor in load_part(folder, "vision").items()
-        if name.startswith(prefix)
-    }
-    return SiglipEncoder(load_config(folder).vision, tensors)
+    return SiglipEncoder(load_config(folder).vision, load_part(folder, "vision"))
 
 
 @pytest.fixture(params=[1, 4], ids=["crop by crop", "batches of 4"])
@@ -120,7 +114,7 @@ def test_a_frame_gives_what_the_encoder_gives(
 def test_pictures_projected_are_what_transformers_gives_the_decoder(folder: Path, stage: FramesToEmbeddings) -> None:
     sets = [frames(*(noise(*size) for size in SIZES[:4])), frames(*(noise(*size) for size in SIZES[4:]), number=2)]
     config = load_config(folder)
-    projection = VisionProjection(config.vision, load_part(folder, "vision"))
+    projection = VisionProjection(config.vision, load_decoder(folder).image_projection)
     tokens = [
         projection(torch.from_numpy(picture.values), picture.layout)
         for outcome in stage.encode(sets)

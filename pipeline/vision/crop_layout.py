@@ -99,15 +99,11 @@ def plan_crops(
     else:
         resized = int(width_px * height_ratio), crop_size * rows
     if min(resized) < _MIN_SIDE_PX:
-        raise _too_thin((width_px, height_px), resized)
+        raise MediaError(
+            f"a picture of {width_px} x {height_px} pixels would be resized to {resized[0]} x {resized[1]}; the model "
+            f"needs {_MIN_SIDE_PX} on either side: cut it into shorter pieces"
+        )
     return CropLayout(columns, rows, *resized, crop_size, patch_size)
-
-
-def _too_thin(size_px: tuple[int, int], resized_px: tuple[int, int]) -> MediaError:
-    return MediaError(
-        f"a picture of {size_px[0]} x {size_px[1]} pixels would be resized to {resized_px[0]} x {resized_px[1]}; the "
-        f"model needs {_MIN_SIDE_PX} on either side: cut it into shorter pieces"
-    )
 
 
 def _grid(width_px: int, height_px: int, crop_size: int, max_crops: int) -> tuple[int, int]:
@@ -147,13 +143,17 @@ def plan_live_crops(width_px: int, height_px: int, crop_size: int, patch_size: i
         MediaError: as `plan_crops`.
         ValueError: as `plan_crops`.
     """
+    scale = 1.0
     if math.ceil(width_px / crop_size) * math.ceil(height_px / crop_size) > max_crops:
         scale = max(
             min(crop_size * columns / width_px, crop_size * (max_crops // columns) / height_px)
             for columns in range(1, max_crops + 1)
         )
-        scaled_px = int(width_px * scale), int(height_px * scale)
-        if min(scaled_px) < _MIN_SIDE_PX:
-            raise _too_thin((width_px, height_px), scaled_px)
-        width_px, height_px = scaled_px
-    return plan_crops(width_px, height_px, crop_size, patch_size, max_crops)
+    smaller_px = max(1, int(width_px * scale)), max(1, int(height_px * scale))
+    try:
+        return plan_crops(*smaller_px, crop_size, patch_size, max_crops)
+    except MediaError as exc:
+        raise MediaError(
+            f"a picture of {width_px} x {height_px} pixels is too long and thin for {max_crops} crops of {crop_size} "
+            "pixels: cut it into shorter pieces"
+        ) from exc
