@@ -53,6 +53,9 @@ class Metrics:
             ["kind", "outcome"],
             registry=self.registry,
         )
+        self.keyframes_dropped = self._counter(
+            "surtitle_keyframes_dropped", "Keyframes that nobody looked at because a newer one came first"
+        )
         self.jobs_waiting = Gauge("surtitle_jobs_waiting", "Jobs that wait for a call", registry=self.registry)
         self.job_ms = Histogram(
             "surtitle_job_ms",
@@ -107,6 +110,10 @@ class Metrics:
         self.job_ms.labels(kind=kind).observe(elapsed_ms)
         if outcome.guard is not None:
             self.guards.labels(guard=outcome.guard).inc()
+
+    def on_keyframes_dropped(self, num_keyframes: int) -> None:
+        """Count keyframes that nobody will look at."""
+        self.keyframes_dropped.inc(num_keyframes)
 
     def on_cadence(self, policy: CadencePolicy) -> None:
         """Show what the cadence of partials is now, and why."""

@@ -2,7 +2,7 @@
 
 It drives a `pipeline.stream.Stream`: hears and sees the source, hands snapshots and jobs to the stages, publishes what
 comes of them.
-All of it runs on one event loop; nothing here computes for longer than a millisecond.
+All of it runs on one event loop; nothing here computes for longer than a few milliseconds (a keyframe).
 """
 
 from __future__ import annotations
@@ -62,6 +62,10 @@ class SessionObserver(Protocol):
 
     def on_outcome(self, snapshot: Snapshot, outcome: Outcome) -> None:
         """Take note of an outcome of a submitted snapshot."""
+        ...
+
+    def on_keyframes_dropped(self, num_keyframes: int) -> None:
+        """Take note of keyframes that nobody will look at."""
         ...
 
 
@@ -224,7 +228,10 @@ class Session:
 
     async def _see(self, stream: Stream, frame: Frame) -> None:
         self._last_frame = frame
+        num_dropped = stream.num_keyframes_dropped
         stream.push_frame(frame)
+        if self._observer is not None and stream.num_keyframes_dropped > num_dropped:
+            self._observer.on_keyframes_dropped(stream.num_keyframes_dropped - num_dropped)
         self._submit_due(stream)
         if self._waits_for_scenes or self._scheduling is Scheduling.BY_SAMPLE:
             await self._until(lambda: not self._num_jobs)

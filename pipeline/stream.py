@@ -335,9 +335,9 @@ class Stream:
         return len(self._closed)
 
     @property
-    def num_jobs_in_flight(self) -> int:
-        """How many jobs were handed out and have no outcome yet."""
-        return self._jobs.num_in_flight
+    def num_keyframes_dropped(self) -> int:
+        """How many keyframes nobody looked at, because a newer one came or it was too late."""
+        return self._jobs.num_keyframes_dropped
 
     # -- utterances -------------------------------------------------------------------------------
 

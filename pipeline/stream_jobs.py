@@ -80,9 +80,9 @@ class StreamJobs:
         self._is_finished = False
 
     @property
-    def num_in_flight(self) -> int:
-        """How many jobs were handed out and have no outcome yet: one of a kind at most."""
-        return len(self._in_flight)
+    def num_keyframes_dropped(self) -> int:
+        """How many keyframes nobody looked at, because a newer one came or it was too late."""
+        return 0 if self._scenes is None else self._scenes.num_dropped
 
     @property
     def is_done(self) -> bool:

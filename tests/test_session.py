@@ -6,7 +6,7 @@ import asyncio
 import sys
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from types import TracebackType
-from typing import Self
+from typing import Self, cast
 
 import numpy as np
 import pytest
@@ -25,7 +25,7 @@ from ingest.source import AudioBlock, SourceGap, SourceInfo, VideoFrame
 from pipeline.audio.encoder_window import EncoderParams
 from pipeline.decode.embeddings_to_hypotheses import DecoderParams
 from pipeline.errors import ConfigError, MediaError
-from pipeline.items import Frame, Outcome, Snapshot
+from pipeline.items import Frame, Job, Outcome, Snapshot
 from pipeline.local import LocalModels, caption_samples
 from pipeline.models.phi4.tiny import make_tiny
 from pipeline.models.weights import ModelParams
@@ -259,6 +259,8 @@ class FailingObserver:
 
     def on_snapshot(self, snapshot: Snapshot) -> None: ...
 
+    def on_keyframes_dropped(self, num_keyframes: int) -> None: ...
+
     def on_outcome(self, snapshot: Snapshot, outcome: Outcome) -> None:
         raise ArithmeticError(f"cannot count {outcome.key} of {snapshot.key}")
 
@@ -397,6 +399,45 @@ async def test_scenes_and_summaries_of_interleaved_sessions_equal_those_of_each_
         assert [scene.start_ms for scene in scenes] == [0, 1_500, 3_000, 4_500]
         assert not comparable(together, "error")
         assert isinstance(together[-1], HealthRecord)
+
+
+class Held:
+    """Stages that answer jobs when they are told to."""
+
+    def __init__(self, stages: Stages) -> None:
+        self._stages = stages
+        self.is_released = asyncio.Event()
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._stages, name)
+
+    async def submit_job(self, job: Job) -> Outcome:
+        await self.is_released.wait()
+        return await self._stages.submit_job(job)
+
+
+class DropCounter(Metrics):
+    """Lets the stages go on when two keyframes were dropped."""
+
+    def __init__(self, stages: Held) -> None:
+        super().__init__()
+        self._stages = stages
+
+    def on_keyframes_dropped(self, num_keyframes: int) -> None:
+        super().on_keyframes_dropped(num_keyframes)
+        if self.registry.get_sample_value("surtitle_keyframes_dropped_total") == 2:
+            self._stages.is_released.set()
+
+
+async def test_keyframes_that_a_newer_one_replaced_are_counted(sound, seeing_stages: Stages, publisher, store):
+    stages = Held(seeing_stages)
+    metrics = DropCounter(stages)
+    source = VideoSource(sound[: 5 * SAMPLE_RATE_HZ], frames_of(1))
+    async with asyncio.timeout(60):
+        await run_session(Session("slow-eyes", SEEING, source, cast(Stages, stages), publisher, observer=metrics))
+    scenes = [record for record in await read_all(store, "slow-eyes") if record.kind == "scene"]
+    assert [scene.start_ms for scene in scenes] == [0, 4_500]
+    assert metrics.registry.get_sample_value("surtitle_keyframes_dropped_total") == 2
 
 
 async def test_scenes_of_a_second_run_lie_where_its_sound_lies(sound, seeing_stages: Stages, publisher, store):

@@ -38,7 +38,7 @@ from pipeline.timebase import CHUNK_SAMPLES, SAMPLE_RATE_HZ
 
 _LANGUAGE = "en"
 _MAX_INSTRUCTION_TOKENS = 64
-_SLOT_STEP = 64
+_SLOT_STEP = 512
 _NUM_STEPS = 3  # told besides the repeats
 # Random weights repeat themselves, and whatever a guard cut off would be compared with nothing.
 _NO_GUARDS = GuardParams(

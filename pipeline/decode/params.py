@@ -16,9 +16,10 @@ class DecoderParams(Params):
     guards: GuardParams = GuardParams()
     slot_tokens: int = Field(
         default=4_096,
-        ge=64,
+        ge=512,
         le=131_072,
-        description="phi4: room of a slot for prompt (sound and pictures too) and text, 128 KiB a token in bfloat16",
+        description="phi4: room of a slot for prompt (sound and pictures too) and text, 128 KiB a token in bfloat16; "
+        "512 hold 30 s of sound",
     )
     chains_translations: bool = Field(
         default=True, description="phi4: translate behind the transcript, which is better than from the sound alone"
