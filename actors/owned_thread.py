@@ -62,8 +62,23 @@ class OwnedThread:
     async def run(
         self, encode: Callable[[list[_Item]], Sequence[_Result | Failure | Exception]], items: list[_Item]
     ) -> list[_Result | Failure]:
-        """Return what `encode` gives for `items` in the thread; an exception in the place of a result is a failure."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self._run, encode, items)
+        """Return what `encode` gives for `items` in the thread; an exception in the place of a result is a failure.
+
+        Raises:
+            StageUnavailable: if the thread was ended before it came to this call.
+        """
+        try:
+            result = self._thread.submit(self._run, encode, items)
+        except RuntimeError as exc:
+            raise StageUnavailable(f"the {self._name} was closed") from exc
+        try:
+            return await asyncio.wrap_future(result)
+        except asyncio.CancelledError as exc:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            # Nobody cancelled the caller: `aclose` took the call out of the queue.
+            raise StageUnavailable(f"the {self._name} was closed") from exc
 
     def check_health(self) -> None:
         """Return when all is well.

@@ -20,10 +20,25 @@ from actors.dispatch import DispatchParams
 from actors.job_queue import JobParams, JobQueue, Need, Settled, Ticket, need_of
 from actors.local_stages import LocalStages, LocalTransport
 from actors.metrics import Metrics
+from actors.owned_thread import OwnedThread
 from pipeline.audio.encoder_window import EncoderParams
 from pipeline.decode.embeddings_to_hypotheses import DecodeEngine, DecoderParams
 from pipeline.errors import StageUnavailable
-from pipeline.items import Failure, FailureKind, Frame, Hypothesis, Job, JobKey, Outcome, Task, TaskKind
+from pipeline.items import (
+    TRANSCRIBE,
+    Failure,
+    FailureKind,
+    Frame,
+    Hypothesis,
+    Job,
+    JobKey,
+    Outcome,
+    Snapshot,
+    SnapshotKey,
+    Task,
+    TaskKind,
+)
+from pipeline.models.phi4.audio_stage import Phi4UtterancesToEmbeddings
 from pipeline.models.phi4.tiny import make_tiny
 from pipeline.models.weights import ModelParams
 from pipeline.timebase import SAMPLE_RATE_HZ
@@ -508,6 +523,44 @@ async def test_eyes_that_hang_are_replaced_and_the_job_is_done(
     assert content(outcome) == content(expected)
     assert "replacing the vision encoder" in caplog.text
     assert metrics.registry.get_sample_value("surtitle_stage_losses_total") == 1
+
+
+@pytest.mark.parametrize("waits", ["snapshot", "job"])
+async def test_what_waits_for_ears_that_are_replaced_is_sent_again(
+    model: ModelParams, metrics: Metrics, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, waits: str
+) -> None:
+    hang = Hang()
+    monkeypatch.setattr(Phi4UtterancesToEmbeddings, "encode", hang.wrap(Phi4UtterancesToEmbeddings.encode))
+    final = Snapshot(SnapshotKey("a", 1, 1), 0, True, 0, noise(3), None, (), (), (TRANSCRIBE,))
+    summary = Job(JobKey("b", TaskKind.SUMMARISE, 1), Task(TaskKind.SUMMARISE), samples=noise(4))
+    both = Job(JobKey("c", TaskKind.ANSWER, 1), Task(TaskKind.ANSWER), "", (picture(5),), noise(5))
+    async with open_stages(model, metrics) as stages, asyncio.timeout(60):
+
+        async def serve_final() -> list[Outcome]:
+            return [outcome async for outcome in stages.submit(final)]
+
+        async def serve_summary() -> list[Outcome]:
+            return [await stages.submit_job(summary)]
+
+        serve, occupy = (serve_final, serve_summary) if waits == "snapshot" else (serve_summary, serve_final)
+        hang.is_armed = True
+        occupying = asyncio.create_task(occupy())
+        try:
+            await asyncio.to_thread(hang.is_reached.wait)
+            waiting = asyncio.create_task(serve())
+            await asyncio.sleep(0.5)  # it is in the queue of the ears' thread
+            monkeypatch.setattr(OwnedThread, "is_hanging", property(lambda _: not hang.is_over.is_set()))
+            replacing = asyncio.create_task(stages.submit_job(both))
+            while "replacing the audio encoder" not in caplog.text:
+                await asyncio.sleep(0.01)
+            monkeypatch.undo()
+            [outcome] = await waiting
+            assert isinstance(outcome, Hypothesis)
+            assert isinstance(await replacing, Hypothesis)
+        finally:
+            hang.is_over.set()
+        [outcome] = await occupying
+        assert isinstance(outcome, Hypothesis)
 
 
 async def test_a_job_is_done_again_when_the_decoder_crashed_under_it_and_one_that_crashes_all_is_given_up(

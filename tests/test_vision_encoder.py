@@ -147,7 +147,7 @@ async def test_what_is_being_encoded_when_it_closes_is_answered(
         await closing
         assert isinstance((await call)[0], Pictures)
         await encoder.aclose()
-        with pytest.raises(RuntimeError):
+        with pytest.raises(StageUnavailable, match="the vision encoder was closed"):
             await encoder.encode([frame_set(1)])
 
 
