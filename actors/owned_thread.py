@@ -68,7 +68,7 @@ class OwnedThread:
             StageUnavailable: if the thread was ended before it came to this call.
         """
         try:
-            result = self._thread.submit(self._run, encode, items)
+            result = self._thread.submit(lambda: self._run(encode, items))
         except RuntimeError as exc:
             raise StageUnavailable(f"the {self._name} was closed") from exc
         try:
