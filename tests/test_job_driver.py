@@ -551,7 +551,7 @@ async def test_what_waits_for_ears_that_are_replaced_is_sent_again(
             await asyncio.sleep(0.5)  # it is in the queue of the ears' thread
             monkeypatch.setattr(OwnedThread, "is_hanging", property(lambda _: not hang.is_over.is_set()))
             replacing = asyncio.create_task(stages.submit_job(both))
-            while "replacing the audio encoder" not in caplog.text:
+            while "replacing the audio encoder" not in caplog.text:  # noqa: ASYNC110 - told by the log alone
                 await asyncio.sleep(0.01)
             monkeypatch.undo()
             [outcome] = await waiting

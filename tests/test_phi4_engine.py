@@ -19,10 +19,11 @@ from transformers import Phi4MultimodalForCausalLM
 from pipeline.audio.encoder_window import EncoderParams
 from pipeline.audio.encoders import SnapshotEncoder, load_encoder
 from pipeline.decode.embeddings_to_hypotheses import DecodeEngine
+from pipeline.decode.guards import COMPRESSION, GuardParams
 from pipeline.decode.loading import load_parts
 from pipeline.decode.params import DecoderParams
 from pipeline.decode.prompting import DecoderParts, Question
-from pipeline.decode.runner import Context, Row, RowResult
+from pipeline.decode.runner import Context, Lease, Pick, Row, RowResult
 from pipeline.decode.scheduler import SchedulerParams
 from pipeline.items import (
     TRANSCRIBE,
@@ -46,6 +47,7 @@ from pipeline.models.phi4.audio_features import AudioFeatures
 from pipeline.models.phi4.checkpoint import load_adapter, load_config
 from pipeline.models.phi4.crops import cut_crops
 from pipeline.models.phi4.lora import Adapter
+from pipeline.models.phi4.prompts import Phi4Prompter
 from pipeline.models.phi4.runner import Phi4Runner
 from pipeline.models.phi4.tiny import make_tiny
 from pipeline.models.weights import ModelParams
@@ -303,6 +305,72 @@ def test_a_translation_is_computed_behind_the_sound_that_was_computed_for_the_tr
     begin = max(fed[1:])
     num_shared = 1 + len(item.context.sound.values) + len("Transcribe the audio ")
     assert begin == len(prompt.tokens) - num_shared + len(prompt.draft)
+
+
+class Speaker:
+    """Says known texts: one after `Transcribe the audio clip`, another one after every other prompt."""
+
+    def __init__(self, engine: DecodeEngine, parts: DecoderParts, transcript: str, other: str) -> None:
+        assert isinstance(parts.prompter, Phi4Prompter)
+        encode = parts.prompter._tokenizer.encode
+        self._engine = engine
+        end = min(parts.prompter.ends)
+        self._says = {
+            is_transcript: [*encode(text), end] for is_transcript, text in ((True, transcript), (False, other))
+        }
+
+    def run(self, rows: Sequence[Row]) -> list[RowResult]:
+        [row], [active] = rows, self._engine._active.values()
+        says = self._says[active.task == TRANSCRIBE]
+        first = row.position - active.sequence.num_prompt_tokens + 1
+        places = range(first + row.pick_from, first + len(row.tokens))
+        return [RowResult(tuple(Pick(says[min(place, len(says) - 1)], -0.1) for place in places), None)]
+
+
+TALK = (
+    "I would like to thank everybody for coming today, because the budget for next year has to be settled before "
+    "Friday, and we still have no numbers from the two factories in the south."
+)
+
+
+@pytest.mark.parametrize(
+    ("transcript", "separator", "translation", "text", "guard"),
+    [
+        # The language that is spoken was not told, and is the one asked for.
+        (TALK, " <sep> ", TALK, TALK, None),
+        (TALK, "\n<sep>\n", TALK, TALK, None),
+        (TALK, " <sep> ", f"{TALK} {TALK} {TALK}", TALK, COMPRESSION),
+        (TALK, " ", TALK, "", COMPRESSION),
+    ],
+)
+def test_a_translation_may_say_again_what_the_transcript_said_but_not_itself(
+    asked: dict[str, Asked],
+    parts: DecoderParts,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    transcript: str,
+    separator: str,
+    translation: str,
+    text: str,
+    guard: str | None,
+) -> None:
+    params = decoder_params().model_copy(
+        update={"guards": GuardParams(min_token_cap=448, max_tokens=1_000), "slot_tokens": 4_096}
+    )
+    engine = DecodeEngine(ModelParams(), params, parts=parts)
+    monkeypatch.setattr(type(parts.runner), "max_new_tokens", lambda _, num: 4_096 - num)
+    monkeypatch.setattr(type(parts.runner), "open", lambda *_, **__: Lease(0, 1, 4_096, 0))
+    monkeypatch.setattr(type(parts.runner), "renew", lambda _, lease, *__: lease)
+    monkeypatch.setattr(type(parts.runner), "close", lambda *_, **__: None)
+    speaker = Speaker(engine, parts, transcript, f"{transcript}{separator}{translation}")
+    monkeypatch.setattr(parts.runner, "run", speaker.run)
+    [transcribed, translated] = answer(engine, asked["translation"])
+    assert isinstance(transcribed, Hypothesis)
+    assert isinstance(translated, Hypothesis)
+    assert (transcribed.text, transcribed.guard) == (transcript, None)
+    assert translated.guard == guard
+    assert translated.text.startswith(text)
+    assert len(translated.text) <= len(text) + (0 if guard is None else 20)
 
 
 def test_a_final_takes_the_slot_of_a_scene_which_is_described_later_all_the_same(

@@ -172,6 +172,11 @@ def test_the_text_of_a_chained_translation_stands_behind_the_separator(
     tokens = prompter._tokenizer.encode(answer)
     assert prompter.text_of(TO_GERMAN, tokens) == text
     assert prompter.text_of(TRANSCRIBE, tokens) == direct.text_of(TO_GERMAN, tokens) == answer.strip()
+    num_before = prompter.num_tokens_before_text(TO_GERMAN, tokens)
+    assert prompter.decode(tokens[num_before:]).strip() == text or (num_before == 0 and not text)
+    assert num_before == 0 or prompter.decode(tokens[:num_before]).endswith("<sep>")
+    assert direct.num_tokens_before_text(TO_GERMAN, tokens) == 0
+    assert prompter.num_tokens_before_text(TRANSCRIBE, tokens) == 0
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,7 @@ class ActiveRequest:
             tasks = [TRANSCRIBE, *(task for task in tasks if task != TRANSCRIBE)]
         self._tasks = deque(tasks[1:])
         self._asked = self._ask(tasks[0], request.language, guess, ())
-        self.sequence = TokenSequence(self._asked.prompt, request.draft, self._asked.limits, parts.prompter.decode)
+        self.sequence = self._sequence(self._asked, request.draft)
         self.lease: Lease | None = None
         self._transcription: Hypothesis | None = None
 
@@ -170,11 +170,21 @@ class ActiveRequest:
                 self.lease = renewed
                 num_cached, start = _num_common(tokens, before.prompt), before.start
         self._asked = asked
-        self.sequence = self._sequence(asked, num_cached, start)
+        self.sequence = self._sequence(asked, asked.prompt.draft, num_cached, start)
 
-    def _sequence(self, asked: _Asked, num_cached: int, start: StartReading | None) -> TokenSequence:
-        draft, decode = asked.prompt.draft, self._parts.prompter.decode
-        return TokenSequence(asked.prompt, draft, asked.limits, decode, num_cached=num_cached, start=start)
+    def _sequence(
+        self, asked: _Asked, draft: tuple[int, ...], num_cached: int = 0, start: StartReading | None = None
+    ) -> TokenSequence:
+        prompter, task = self._parts.prompter, asked.question.task
+        return TokenSequence(
+            asked.prompt,
+            draft,
+            asked.limits,
+            prompter.decode,
+            num_cached=num_cached,
+            start=start,
+            num_before_text=lambda tokens: prompter.num_tokens_before_text(task, tokens),
+        )
 
     def _ask(self, task: Task, language: str | None, guess: str | None, transcript: tuple[int, ...]) -> _Asked:
         request = self.request

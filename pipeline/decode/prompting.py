@@ -75,6 +75,10 @@ class Prompter(Protocol):
         """Return what `task` asked for of the decoded tokens."""
         ...
 
+    def num_tokens_before_text(self, task: Task, tokens: Sequence[int]) -> int:
+        """Return how many of the decoded tokens stand before what `task` asked for; 0 as long as that is not known."""
+        ...
+
     def decode(self, tokens: Sequence[int]) -> str:
         """Return the text of tokens."""
         ...

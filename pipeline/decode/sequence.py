@@ -79,7 +79,8 @@ class TokenSequence:
     """Greedy decoding of one task with draft verification and guards.
 
     `num_cached` places at the start of the prompt are in the key/value memory already; then `start` is what was read
-    there. `decode` gives the text of tokens.
+    there. `decode` gives the text of tokens. `num_before_text` tells how many of the tokens stand before what was asked
+    for: a translation may say again what the transcript before it says, which is no repetition.
     """
 
     def __init__(
@@ -91,7 +92,9 @@ class TokenSequence:
         *,
         num_cached: int = 0,
         start: StartReading | None = None,
+        num_before_text: Callable[[Sequence[int]], int] | None = None,
     ) -> None:
+        self._num_before_text = num_before_text or (lambda _tokens: 0)
         self._prompt = list(prompt.tokens)
         self._prefix = _text_only(prompt.prefix, limits)
         self._choices = prompt.language_choices
@@ -275,9 +278,11 @@ class TokenSequence:
         return self._start.no_speech_probability if self._start is not None else 0.0
 
     def _test_compression(self) -> None:
-        if is_repetitive(self._decode(self._tokens), self._limits.guards):
-            texts = [self._decode(self._tokens[: i + 1]) for i in range(len(self._tokens))]
-            self._cut(num_tokens_before_repetition(self._tokens, texts, self._limits.guards), COMPRESSION)
+        num_before = self._num_before_text(self._tokens)
+        tokens = self._tokens[num_before:]
+        if is_repetitive(self._decode(tokens), self._limits.guards):
+            texts = [self._decode(tokens[: i + 1]) for i in range(len(tokens))]
+            self._cut(num_before + num_tokens_before_repetition(tokens, texts, self._limits.guards), COMPRESSION)
 
     def _cut(self, num_kept: int, guard: str) -> None:
         if self._no_speech_probability > self._limits.guards.loop_no_speech_threshold:

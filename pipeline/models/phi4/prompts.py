@@ -13,6 +13,7 @@ the others have none; it is left out here.
 from __future__ import annotations
 
 import unicodedata
+from bisect import bisect_left
 from collections.abc import Sequence
 from itertools import takewhile
 
@@ -111,6 +112,16 @@ class Phi4Prompter:
         if task.kind is TaskKind.TRANSLATE and self._chains_translations:
             text = text.partition(SEPARATOR)[2]
         return "".join(character for character in text if character == "\n" or not _is_control(character)).strip()
+
+    def num_tokens_before_text(self, task: Task, tokens: Sequence[int]) -> int:
+        """Return how many of `tokens` are a chained translation's transcript and separator; 0 before it comes to that.
+
+        The token in which the separator ends counts as its.
+        """
+        if task.kind is not TaskKind.TRANSLATE or not self._chains_translations:
+            return 0
+        found = bisect_left(range(len(tokens) + 1), True, key=lambda num: SEPARATOR in self.decode(tokens[:num]))
+        return found if found <= len(tokens) else 0
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Return the text of `tokens`, without an unfinished character at the end."""

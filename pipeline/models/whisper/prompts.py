@@ -53,6 +53,10 @@ class WhisperPrompter:
         """Return the text of `tokens`."""
         return self.decode(tokens)
 
+    def num_tokens_before_text(self, task: Task, tokens: Sequence[int]) -> int:  # noqa: ARG002 - as `text_of`
+        """Return 0."""
+        return 0
+
     def decode(self, tokens: Sequence[int]) -> str:
         """Return the text of `tokens`."""
         return self._tokenizer.decode(tokens)
