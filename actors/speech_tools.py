@@ -30,9 +30,7 @@ def run_speech_tool(command: Sequence[str], text: str, timeout_s: float = _TIMEO
     """
     name = command[0]
     try:
-        done = subprocess.run(
-            list(command), input=text.encode(), capture_output=True, timeout=timeout_s, check=False
-        )
+        done = subprocess.run(list(command), input=text.encode(), capture_output=True, timeout=timeout_s, check=False)
     except FileNotFoundError:
         raise MediaError(
             f"cannot make speech: {name} not found on PATH; install with: sudo apt-get install {name}"
