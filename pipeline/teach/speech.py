@@ -49,13 +49,14 @@ class Voice:
 
 _VARIANTS = ("", *(f"+f{n}" for n in range(1, 5)), *(f"+m{n}" for n in range(1, 8)))
 
+# British English is "en": espeak-ng 1.51 knows "en-gb" too, but takes no variant of it and says nothing about that.
 VOICES: Final = (
     *(Voice(name, "flite") for name in ("slt", "rms", "kal16")),
     Voice("awb", "flite", is_held_out=True),
-    *(Voice(accent + variant, "espeak-ng") for accent in ("en-us", "en-gb") for variant in _VARIANTS),
-    # a timbre and an accent that no other voice has
-    Voice("en-us+f5", "espeak-ng", is_held_out=True),
-    Voice("en-gb-scotland", "espeak-ng", is_held_out=True),
+    *(Voice(accent + variant, "espeak-ng") for accent in ("en-us", "en") for variant in _VARIANTS),
+    # timbres that no other voice has, one of them with an accent that no other has
+    Voice("en-us+Andrea", "espeak-ng", is_held_out=True),
+    Voice("en-gb-scotland+f5", "espeak-ng", is_held_out=True),
 )
 
 
