@@ -197,7 +197,8 @@ def _noise(kind: NoiseKind, num_samples: int, rng: np.random.Generator) -> NDArr
         times_s = np.arange(num_samples) / SAMPLE_RATE_HZ
         base_hz = rng.choice((50.0, 60.0)) * rng.uniform(0.99, 1.01)
         tones = [np.sin(2 * np.pi * (base_hz * n * times_s + rng.random())) / n for n in range(1, 7)]
-        return np.sum(tones, axis=0) + 0.05 * rng.standard_normal(num_samples)
+        hum: NDArray[np.float64] = np.sum(tones, axis=0) + 0.05 * rng.standard_normal(num_samples)
+        return hum
     white = rng.standard_normal(num_samples)
     if kind == "white":
         return white
