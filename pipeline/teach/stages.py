@@ -29,6 +29,8 @@ from pipeline.teach.seeing import Seeing, SpokenQuestions
 from pipeline.teach.world import SECOND_LANGUAGE
 
 STATE_FOLDER = ".teaching"
+NUM_MELS = 80
+"""Bands of the features."""
 _STATE, _TOKENIZER = "state.pt", "tokenizer.json"
 _FORMAT = 1
 
