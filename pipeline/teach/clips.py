@@ -92,11 +92,15 @@ class Distortion:
             hum = sum(np.sin(2 * np.pi * (base_hz * n * times_s + generator.random())) / n for n in range(1, 7))
             self._noises.append(_noise_of(hum + 0.05 * generator.standard_normal(count), front_end))
 
-    def __call__(self, features: Tensor, rng: random.Random, others: Sequence[Clip] = ()) -> tuple[Tensor, int, float]:
+    def __call__(
+        self, features: Tensor, rng: random.Random, others: Sequence[Clip] = (), strength: float = 1.0
+    ) -> tuple[Tensor, int, float]:
         """Return other features, how many steps of silence stand before the sound, and how much it was stretched.
 
-        `others` are those who may babble in the background.
+        `others` are those who may babble in the background; `strength` is the share of sounds that are distorted.
         """
+        if rng.random() >= strength:
+            return features.float(), 0, 1.0
         x = augment(features, torch.Generator().manual_seed(rng.getrandbits(62)))
         stretch = len(x) / len(features)
         before, behind = (rng.randint(0, _MAX_SILENCE_STEPS) for _ in range(2))

@@ -31,8 +31,10 @@ from pipeline.teach.lessons import Lesson, Teacher
 from pipeline.teach.network import Network, Row
 from pipeline.teach.world import WORDS, saying_of, summary_of, tokens_of_text
 
-_BATCH_TOKENS = 700
-"""Positions of sound in a step."""
+_BATCH_TOKENS = (350, 700)
+"""Positions of sound in a step, at first and from `_CLEAN_SHARE` on: many small steps leave the plateau sooner."""
+_CLEAN_SHARE = 0.15
+"""Of the stage in which distortions grow from none to all."""
 _MAX_CLIPS = 32
 _CTC_WEIGHT = 0.7
 _BLANK = 0
@@ -92,13 +94,14 @@ class Hearing:
         if draw < _SUMMARY_SHARE + _JOINED_SHARE:
             return self._joined_step(rng, is_summary=False)
         share = min(1.0, _FIRST_SHARE + _GROWTH * progress)
-        chosen = self._draw_batch(rng, max(1, int(len(self.clips) * share)))
+        chosen = self._draw_batch(rng, max(1, int(len(self.clips) * share)), _BATCH_TOKENS[progress > _CLEAN_SHARE])
         sounds: list[Tensor] = []
         lessons: list[Lesson] = []
         spelled: list[str] = []
         whole: list[tuple[int, Clip, int, float]] = []
+        strength = min(1.0, progress / _CLEAN_SHARE)
         for clip in chosen:
-            sound, before, stretch = self._distortion(clip.features, rng, chosen)
+            sound, before, stretch = self._distortion(clip.features, rng, chosen, strength)
             text, lesson = clip.text, None
             if rng.random() < _SILENT_SHARE:
                 sound, text = self._distortion.silence(len(sound), rng), ""
@@ -113,20 +116,18 @@ class Hearing:
             lessons.append(lesson or _draw_lesson([clip], rng))
         loss, told, num_tokens, log_probs = self._learn(sounds, lessons, spelled)
         for index, clip, before, stretch in whole:
-            self._time_words(clip, log_probs[: -(-len(sounds[index]) // TOKEN_STEPS), index], before, stretch)
+            self.time_words(clip, log_probs[: -(-len(sounds[index]) // TOKEN_STEPS), index], before, stretch)
         return loss, told, num_tokens
 
-    def _draw_batch(self, rng: random.Random, count: int) -> list[Clip]:
+    def _draw_batch(self, rng: random.Random, count: int, num_tokens: int) -> list[Clip]:
         """Return sounds of about one length, from the shortest `count`."""
         first = rng.randrange(count)
         length = self.clips[first].num_tokens
-        size = min(_MAX_CLIPS, max(1, _BATCH_TOKENS // max(1, length)))
+        size = min(_MAX_CLIPS, max(1, num_tokens // max(1, length)))
         near = range(max(0, first - 2 * size), min(count, first + 2 * size))
         return [self.clips[index] for index in rng.sample(near, min(size, len(near)))]
 
-    def _cut(
-        self, clip: Clip, sound: Tensor, before: int, stretch: float, rng: random.Random
-    ) -> tuple[Tensor, Lesson]:
+    def _cut(self, clip: Clip, sound: Tensor, before: int, stretch: float, rng: random.Random) -> tuple[Tensor, Lesson]:
         """Return the beginning of `sound`, and what was said in it."""
         cut = rng.randint(min(_MIN_PARTIAL_STEPS, len(sound)), len(sound))
         cut -= cut % TOKEN_STEPS if cut > TOKEN_STEPS else 0
@@ -137,7 +138,7 @@ class Hearing:
         """Learn from several sentences of one voice: transcribe and translate two or three, summarise two to six."""
         sounds, lessons, spelled = [], [], []
         num_tokens = 0
-        while num_tokens < _BATCH_TOKENS:
+        while num_tokens < _BATCH_TOKENS[-1]:
             voice = rng.choices(list(self._by_voice), [len(clips) for clips in self._by_voice.values()])[0]
             count = rng.randint(*_SUMMARISED) if is_summary else rng.randint(2, MAX_JOINED)
             clips = [rng.choice(self._by_voice[voice]) for _ in range(count)]
@@ -170,7 +171,7 @@ class Hearing:
         told = {"answers": answered.answer.item(), "words": ctc.item()}
         return answered.answer + _CTC_WEIGHT * ctc, told, answered.num_tokens, log_probs.detach()
 
-    def _time_words(self, clip: Clip, log_probs: Tensor, before: int, stretch: float) -> None:
+    def time_words(self, clip: Clip, log_probs: Tensor, before: int, stretch: float) -> None:
         """Take from [tokens, words] where each word of `clip` ends, if all of them are spelled right."""
         path = log_probs.argmax(-1).tolist()
         found, place = [], 0

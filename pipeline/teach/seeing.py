@@ -132,6 +132,7 @@ class SpokenQuestions(Seeing):
 
     def step(self, rng: random.Random, progress: float) -> tuple[Tensor, dict[str, float], int]:
         """Return the loss of one step, what to tell of it, and how many tokens it had."""
+        del progress
         requests = self._draw_requests(rng, 1.0)
         clips: list[Clip | None] = [None] * len(requests)
         for index, (_, pictures) in enumerate(requests):
@@ -149,9 +150,7 @@ class SpokenQuestions(Seeing):
         answered = self._network.loss(self._rows(requests, sounds), "vision")
         return answered.answer, {"answers": answered.answer.item()}, answered.num_tokens
 
-    def _draw_spoken(
-        self, rng: random.Random, picture: PictureCrops
-    ) -> tuple[tuple[Lesson, list[PictureCrops]], Clip]:
+    def _draw_spoken(self, rng: random.Random, picture: PictureCrops) -> tuple[tuple[Lesson, list[PictureCrops]], Clip]:
         """Return a spoken question about a picture of the size of `picture`."""
         while True:
             scene = draw_scene(rng, held_out=False)
