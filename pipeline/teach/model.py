@@ -230,7 +230,8 @@ def new_model(tokenizer: Tokenizer, seed: int) -> Nano:
     from transformers import Phi4MultimodalConfig, Phi4MultimodalForCausalLM  # noqa: PLC0415 - not in every installation
 
     native = nano_config(tokenizer)
-    model = Phi4MultimodalForCausalLM(Phi4MultimodalConfig.from_dict(native)).to(torch.float32)
+    model: Any = Phi4MultimodalForCausalLM(Phi4MultimodalConfig.from_dict(native))
+    model = model.float()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
