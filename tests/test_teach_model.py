@@ -95,9 +95,10 @@ def spoken_clips(num_clips: int = 40) -> list[Clip]:
     generator = torch.Generator().manual_seed(1)
     sounds = {word: 4 + 3 * torch.randn(12, 80, generator=generator) for word in WORDS}
     clips = []
-    for text, voice in draw_spoken(0, num_clips):
-        words = [word.strip(".?").lower() for word in text.split()]
-        clips.append(Clip(text, torch.cat([sounds[word] for word in words]).clamp_min(0).half(), voice.name))
+    for each in draw_spoken(0, num_clips):
+        words = [word.strip(".?").lower() for word in each.text.split()]
+        features = torch.cat([sounds[word] for word in words]).clamp_min(0).half()
+        clips.append(Clip(each.text, features, each.voice.name, each.report))
     return clips
 
 
@@ -176,9 +177,10 @@ def test_pictures_are_seen_as_the_service_sees_them(stored: Nano, folder: Path) 
     assert {picture.layout.num_crops for picture in pictures} == {2, 3, 5, 7}
     with torch.no_grad():
         seen = network.look(pictures)
-        for picture, found in zip(pictures, seen, strict=True):
-            expected = projection(encoder(picture.pixels, picture.mask), picture.layout)
-            assert (found - expected).abs().max() < CLOSE
+        for picture, part, found in zip(pictures, seen, network.project_pictures(seen, pictures), strict=True):
+            expected = encoder(picture.pixels, picture.mask)
+            assert (part - expected).abs().max() < CLOSE
+            assert (found - projection(expected, picture.layout)).abs().max() < CLOSE
 
 
 @pytest.mark.parametrize("adapter", [None, "speech", "vision"])
@@ -216,7 +218,7 @@ def test_no_lesson_has_a_sentence_that_is_held_out(tokenizer: Tokenizer, nano: N
     for row in rows:
         text = teacher.tokenizer.decode(row.tokens)
         assert not any(f">{sentence}<" in text for sentence in held_out)
-    assert not any(is_held_out(text) for text, _ in draw_spoken(1, 200))
+    assert not any(is_held_out(each.text) for each in draw_spoken(1, 200))
 
 
 def test_a_beginning_has_the_words_that_were_said_and_no_mark() -> None:

@@ -52,6 +52,7 @@ _SILENT_SHARE = 0.03
 _JOINED_SHARE, _SUMMARY_SHARE = 0.15, 0.12  # of steps, once sentences alone are known
 _SENTENCES_ALONE = 0.4  # of the stage
 _SUMMARISED = (2, 6)
+_REPORT_SHARE = 0.6  # of the summaries; the others are of sentences by chance, of which few have to do with each other
 _MAX_TROUBLES = 2
 _FIRST_SHARE, _GROWTH = 0.3, 1.2  # of the sounds, from short to long
 _MARGIN_STEPS = 8
@@ -70,6 +71,11 @@ class Hearing:
             voice: list(group)
             for voice, group in groupby(sorted(self.clips, key=lambda clip: clip.voice), key=lambda clip: clip.voice)
         }
+        reports: dict[int, list[Clip]] = {}
+        for clip in clips:
+            if clip.report >= 0:
+                reports.setdefault(clip.report, []).append(clip)
+        self._reports = list(reports.values())
         self.speller = nn.Linear(config.audio.width, len(WORDS) + 1)
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
@@ -144,9 +150,7 @@ class Hearing:
         sounds, lessons, spelled = [], [], []
         num_tokens = 0
         while num_tokens < _BATCH_TOKENS[-1]:
-            voice = rng.choices(list(self._by_voice), [len(clips) for clips in self._by_voice.values()])[0]
-            count = rng.randint(*_SUMMARISED) if is_summary else rng.randint(2, MAX_JOINED)
-            clips = [rng.choice(self._by_voice[voice]) for _ in range(count)]
+            clips = self._draw_clips(rng, is_summary=is_summary)
             sayings = [saying_of(clip.text) for clip in clips]
             if is_summary and sum(saying.event is not None for saying in sayings) > _MAX_TROUBLES + 1:
                 continue
@@ -157,6 +161,16 @@ class Hearing:
             num_tokens += -(-len(sound) // TOKEN_STEPS)
         loss, told, num_tokens, _ = self._learn(sounds, lessons, spelled, 1.0)
         return loss, told, num_tokens
+
+    def _draw_clips(self, rng: random.Random, *, is_summary: bool) -> list[Clip]:
+        """Return sentences of one voice, as they are said one after the other."""
+        if is_summary and self._reports and rng.random() < _REPORT_SHARE:
+            return rng.choice(self._reports)
+        # As often as it speaks: by the voice of any sentence.
+        clips = self._by_voice[rng.choice(self.clips).voice]
+        return [
+            rng.choice(clips) for _ in range(rng.randint(*_SUMMARISED) if is_summary else rng.randint(2, MAX_JOINED))
+        ]
 
     def _learn(
         self, sounds: Sequence[Tensor], lessons: Sequence[Lesson], spelled: Sequence[str], progress: float

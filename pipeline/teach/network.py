@@ -94,9 +94,9 @@ class Network:
         return projected
 
     def look(self, pictures: Sequence[PictureCrops]) -> list[Tensor]:
-        """Return the decoder's tokens of each picture, [layout.num_tokens, decoder width].
+        """Return what SigLIP makes of each picture, [crops, side / 2, side / 2, width].
 
-        Equal to `SiglipEncoder` and `VisionProjection`; the layers that nothing computes with are left out.
+        Equal to `SiglipEncoder`; the layers that nothing computes with are left out.
         """
         encoder, config = self.image.img_processor, self.nano.config.vision
         mask = torch.cat([picture.mask for picture in pictures])
@@ -107,8 +107,11 @@ class Network:
         side = config.crop_size // config.patch_size
         square = h.transpose(1, 2).reshape(len(h), -1, side, side)
         features = F.avg_pool2d(square, _POOLED).permute(0, 2, 3, 1)
-        each = torch.split(features, [picture.layout.num_crops for picture in pictures])
-        joined = [self._join(part, picture) for part, picture in zip(each, pictures, strict=True)]
+        return list(torch.split(features, [picture.layout.num_crops for picture in pictures]))
+
+    def project_pictures(self, seen: Sequence[Tensor], pictures: Sequence[PictureCrops]) -> list[Tensor]:
+        """Return the decoder's tokens of each picture, [layout.num_tokens, decoder width], as `VisionProjection`."""
+        joined = [self._join(part, picture) for part, picture in zip(seen, pictures, strict=True)]
         projected = self.image.img_projection_down(F.gelu(self.image.img_projection_up(torch.cat(joined))))
         return list(torch.split(projected, [len(part) for part in joined]))
 
