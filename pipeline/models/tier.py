@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Literal
 
 from pipeline.errors import ModelError
-from pipeline.models.known import KNOWN_MODELS
+from pipeline.models.known import KNOWN_MODELS, KnownModel
 from pipeline.models.phi4.config import MODEL_TYPE
 from pipeline.models.phi4.keys import ORIGINAL_MODEL_TYPE
-from pipeline.models.weights import ModelFiles, ModelParams, locate_model, read_json
+from pipeline.models.weights import ModelFiles, ModelParams, check_hashes, locate_model, read_json
 
 Tier = Literal["edge", "phi4"]
 """edge: Whisper, small enough for a CPU. phi4: Phi-4-multimodal, which also sees and answers."""
@@ -26,7 +26,9 @@ def tier_of(model: ModelParams) -> Tier:
     Raises:
         ModelError: if the checkpoint cannot be located, or its `config.json` cannot be read.
     """
-    return "edge" if model.name in KNOWN_MODELS else tier_of_files(locate_model(model.name, model.revision))
+    if isinstance(KNOWN_MODELS.get(model.name), KnownModel):
+        return "edge"
+    return tier_of_files(locate_model(model.name, model.revision))
 
 
 def tier_of_files(files: ModelFiles) -> Tier:
@@ -48,14 +50,16 @@ def layout_of_files(files: ModelFiles) -> str:
 
 
 def phi4_directory(model: ModelParams) -> Path:
-    """Return where the Phi-4-multimodal checkpoint that `model` names lies.
+    """Return where the Phi-4-multimodal checkpoint that `model` names lies, its pinned files checked.
 
     Raises:
         ModelError: if it cannot be located, or is another model.
+        WeightsHashError: if a file is not the one that was pinned.
     """
     files = locate_model(model.name, model.revision)
     if tier_of_files(files) != "phi4":
         raise ModelError(f"{model.name!r} is no Phi-4-multimodal checkpoint: its model_type is {_model_type(files)!r}")
+    check_hashes(files)
     return files.directory
 
 

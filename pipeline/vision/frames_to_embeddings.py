@@ -25,7 +25,8 @@ from pipeline.models.phi4.checkpoint import load_config, load_part
 from pipeline.models.phi4.crops import PictureGrid, lay_out
 from pipeline.models.phi4.dtype import phi4_dtype
 from pipeline.models.phi4.siglip import SiglipEncoder
-from pipeline.models.weights import ModelParams, locate_model
+from pipeline.models.tier import phi4_directory
+from pipeline.models.weights import ModelParams
 from pipeline.vision.crop_cache import CropCache
 from pipeline.vision.crop_layout import CropLayout, plan_crops
 from pipeline.vision.params import VisionParams
@@ -54,7 +55,7 @@ class FramesToEmbeddings:
     def __init__(self, model: ModelParams, params: VisionParams) -> None:
         device = choose_device(model)
         dtype = phi4_dtype(model, device)
-        directory = locate_model(model.name, model.revision).directory
+        directory = phi4_directory(model)
         self.config = load_config(directory).vision
         self._encoder = SiglipEncoder(self.config, load_part(directory, "vision"), device, dtype)
         self._max_crops = params.max_crops
