@@ -50,7 +50,7 @@ def spoken() -> Samples:
 
 def test_held_out_voices_are_never_among_those_for_training() -> None:
     held_out = {voice.name for voice in held_out_voices()}
-    assert held_out == {"awb", "en-us+f5", "en-gb-scotland"}
+    assert held_out == {"awb", "en-us+Andrea", "en-gb-scotland+f5"}
     assert not held_out & {voice.name for voice in training_voices()}
     assert len({voice.name for voice in VOICES}) == len(VOICES)
     source = rng()
@@ -60,8 +60,8 @@ def test_held_out_voices_are_never_among_those_for_training() -> None:
 
 
 def test_every_voice_speaks_and_none_is_another_ones_fallback() -> None:
-    spoken = {voice.name: speak("Hot.", voice, rng(), run_speech_tool) for voice in VOICES}
-    assert all(3_000 < len(samples) < 40_000 for samples in spoken.values())
+    spoken = {voice.name: speak("Pump three stopped.", voice, rng(), run_speech_tool) for voice in VOICES}
+    assert all(12_000 < len(samples) < 60_000 for samples in spoken.values())
     assert len({samples.tobytes() for samples in spoken.values()}) == len(VOICES)
 
 
@@ -163,10 +163,10 @@ class Counted:
 def test_a_second_run_speaks_nothing_again(tmp_path: Path) -> None:
     told: list[tuple[int, int]] = []
     tool = Counted()
-    corpus = make_corpus(LINES, tmp_path, 2, lambda done, total: told.append((done, total)), tool)
+    corpus = make_corpus(LINES, tmp_path, 2, lambda done, total: told.append((done, total)), tool=tool)
     assert tool.num_calls == len(LINES)
     assert told == [(0, 6), (6, 6)]
-    again = make_corpus(LINES, tmp_path, 1, lambda *_: None, tool)
+    again = make_corpus(LINES, tmp_path, 1, lambda *_: None, tool=tool)
     assert tool.num_calls == len(LINES)
     assert again.texts == tuple(text for text, _ in LINES)
     assert again.voices == tuple(voice for _, voice in LINES)
@@ -184,9 +184,9 @@ def test_a_corpus_has_a_key_of_all_that_it_depends_on() -> None:
 
 def test_an_interrupted_run_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.teach.corpus._SAVE_EVERY", 2)
-    whole = make_corpus(LINES, tmp_path / "whole", 1, lambda *_: None, run_speech_tool)
+    whole = make_corpus(LINES, tmp_path / "whole", 1, lambda *_: None, tool=run_speech_tool)
     with pytest.raises(KeyboardInterrupt):
-        make_corpus(LINES, tmp_path / "cut", 1, lambda *_: None, Counted(stop_at=6))
+        make_corpus(LINES, tmp_path / "cut", 1, lambda *_: None, tool=Counted(stop_at=6))
     (folder,) = (tmp_path / "cut").iterdir()
     assert not (folder / "index.json").exists()
     with (folder / "samples.i16").open("ab") as file:
@@ -195,14 +195,14 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path: Path, monkeypatch: py
         file.write(b"cut")
     told: list[int] = []
     tool = Counted()
-    resumed = make_corpus(LINES, tmp_path / "cut", 1, lambda done, _: told.append(done), tool)
+    resumed = make_corpus(LINES, tmp_path / "cut", 1, lambda done, _: told.append(done), tool=tool)
     assert told[0] == 4
     assert tool.num_calls == 2
     assert all(np.array_equal(resumed[index], whole[index]) for index in range(len(LINES)))
 
 
 def test_a_damaged_corpus_is_an_error(tmp_path: Path) -> None:
-    make_corpus(LINES[:2], tmp_path, 1, lambda *_: None, run_speech_tool)
+    make_corpus(LINES[:2], tmp_path, 1, lambda *_: None, tool=run_speech_tool)
     (folder,) = tmp_path.iterdir()
     with (folder / "samples.i16").open("ab") as file:
         file.write(b"12")
@@ -211,10 +211,18 @@ def test_a_damaged_corpus_is_an_error(tmp_path: Path) -> None:
 
 
 def test_a_tool_that_fails_is_an_error_with_the_number_of_the_text_and_not_the_text(tmp_path: Path) -> None:
-    lines = [(TEXT, SLT), ("The secret door is open.", Voice("no-such-voice", "espeak-ng"))]
-    with pytest.raises(MediaError, match=r"utterance 1 of 2, voice 'no-such-voice'") as raised:
-        make_corpus(lines, tmp_path, 1, lambda *_: None, run_speech_tool)
+    lines = [(TEXT, SLT), ("The secret door is open.", ESPEAK)]
+
+    def broken(command: Sequence[str], text: str) -> bytes:
+        return run_speech_tool(["false", "secret"] if "secret" in text else command, text)
+
+    with pytest.raises(
+        MediaError, match=r"utterance 1 of 2, voice 'en-us\+f3': false failed with exit status 1"
+    ) as raised:
+        make_corpus(lines, tmp_path, 1, lambda *_: None, tool=broken)
     assert "secret" not in str(raised.value)
+    with pytest.raises(ValueError, match="nobody"):
+        make_corpus([(TEXT, Voice("nobody", "flite"))], tmp_path, 1, lambda *_: None, tool=run_speech_tool)
 
 
 def test_a_tool_that_hangs_is_ended() -> None:

@@ -30,7 +30,7 @@ def stretch_time(features: torch.Tensor, factor: float) -> torch.Tensor:
 
 
 def shift_bands(features: torch.Tensor, num_bands: int) -> torch.Tensor:
-    """Return float32[steps, mels], moved `num_bands` up (or down, if negative); the outermost band fills what is free."""
+    """Return float32[steps, mels], moved `num_bands` up (negative: down); the outermost band fills what is free."""
     mels = features.shape[1]
     return features[:, (torch.arange(mels) - num_bands).clamp(0, mels - 1).to(features.device)]
 

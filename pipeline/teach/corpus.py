@@ -75,6 +75,7 @@ def make_corpus(
     directory: Path,
     num_processes: int,
     on_progress: OnProgress,
+    *,
     tool: Tool,
     seed: int = 0,
 ) -> Corpus:
@@ -91,16 +92,18 @@ def make_corpus(
     Raises:
         MediaError: a tool is missing, fails or hangs (the message has the number of the text, not the text); a file
             cannot be written or is damaged; or another run is writing the same corpus. What is whole is kept.
-        ValueError: there is no text.
+        ValueError: there is no text, or a voice that is not in VOICES.
     """
     if not texts_and_voices:
         raise ValueError("a corpus has one utterance at least")
+    if unknown := {voice.name for _, voice in texts_and_voices} - {voice.name for voice in VOICES}:
+        raise ValueError(f"no such voices: {sorted(unknown)}")  # flite would take another one, and say nothing
     folder = directory / f"speech-{corpus_key(texts_and_voices, seed)}"
     total = len(texts_and_voices)
     if not (folder / _INDEX).is_file():
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            _fill(folder, texts_and_voices, num_processes, on_progress, tool, seed)
+            _fill(folder, texts_and_voices, num_processes, on_progress, tool=tool, seed=seed)
         except OSError as exc:
             raise MediaError(f"cannot write speech to {folder}: {exc}") from exc
     corpus = Corpus(folder)
@@ -119,6 +122,7 @@ def _fill(
     texts_and_voices: Sequence[tuple[str, Voice]],
     num_processes: int,
     on_progress: OnProgress,
+    *,
     tool: Tool,
     seed: int,
 ) -> None:
