@@ -262,6 +262,23 @@ def models_make_tiny(
     write_tiny(directory, layout, seed)
 
 
+@models_app.command("teach")
+def models_teach(
+    directory: Annotated[
+        Path, typer.Argument(metavar="OUT", help="A new or empty directory, or one in which this was interrupted.")
+    ],
+    minutes: Annotated[
+        float, typer.Option("--minutes", min=0.05, max=10_000, help="Time for all stages; speaking comes on top.")
+    ] = 50.0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="What all that is drawn depends on.")] = 0,
+    threads: Annotated[int, typer.Option("--threads", min=1, max=256, help="CPU threads.")] = 2,
+) -> None:
+    """Teach a tiny phi4 checkpoint to hear, see and write in a small world, in the stages of the real one."""
+    from actors.cli.teach import teach  # noqa: PLC0415
+
+    teach(directory, minutes, seed, threads)
+
+
 @config_app.command("show")
 def config_show(
     config: ConfigOption = None,

@@ -16,6 +16,9 @@ from torch import Tensor
 from pipeline.models.phi4.audio_features import AudioFeatures
 from pipeline.models.phi4.conformer import TOKEN_STEPS
 from pipeline.teach.augment import augment
+from pipeline.teach.grammar import all_sentences
+from pipeline.teach.speech import Voice, draw_voice, with_level, with_room
+from pipeline.teach.world import draw_saying
 
 _FULL_SCALE = 32_768.0
 _SAMPLE_RATE_HZ = 16_000
@@ -28,6 +31,7 @@ _DB = math.log(10) / 10
 
 _GAIN = (-3.5, 1.5)  # of the natural logarithm of power, beside that of `augment`
 _NOISY_SHARE, _SNR_DB = 0.5, (3.0, 35.0)
+_ROOM_SHARE = 0.25
 _MAX_SILENCE_STEPS = 30
 _GAP_STEPS = (8, 50)
 
@@ -129,3 +133,23 @@ def _level(x: Tensor) -> float:
 def _resized(x: Tensor, num_steps: int, rng: random.Random) -> Tensor:
     """Return `num_steps` steps from anywhere in `x`, which begins again where it ends."""
     return x[(torch.arange(num_steps) + rng.randrange(len(x))) % len(x)]
+
+
+def draw_spoken(seed: int, num_clips: int) -> list[tuple[str, Voice]]:
+    """Return what is to be spoken by whom: `num_clips` sentences, none held out, and every question once at least."""
+    rng = random.Random(f"{seed}/spoken")  # noqa: S311 - repeatable on purpose
+    voice_rng = np.random.default_rng(rng.getrandbits(63))
+    questions = sorted(sentence.text for sentence in all_sentences() if sentence.rule.kind == "question")
+    texts = [*questions, *(draw_saying(rng, held_out=False).text for _ in range(num_clips - len(questions)))]
+    return [(text, draw_voice(voice_rng)) for text in texts]
+
+
+def clips_of(spoken: Sequence[tuple[str, Voice, NDArray[np.int16]]], num_mels: int, seed: int) -> list[Clip]:
+    """Return clips of what was spoken, some of them in a room, each at a level of its own."""
+    front_end = AudioFeatures(num_mels)
+    clips = []
+    for index, (text, voice, samples) in enumerate(spoken):
+        rng = np.random.default_rng([seed, index])
+        heard = with_room(samples, rng) if rng.random() < _ROOM_SHARE else samples
+        clips.append(Clip(text, features_of(with_level(heard, rng), front_end), voice.name))
+    return clips

@@ -13,7 +13,7 @@ slots whose words it takes.
     {noun}              the word itself: Sitz
     {the noun}          der Sitz                {the noun side}     der linke Sitz
     {acc noun side}     den linken Sitz         {a noun colour}     ein roter Kreis
-    {adverb side}       links
+    {adverb side}       links               {adjective colour}  rot
 """
 
 from __future__ import annotations
@@ -320,18 +320,6 @@ def draw_sentence(rng: random.Random, kinds: tuple[str, ...] = KINDS) -> Sentenc
         # Nobody asks for the same thing twice in a breath.
         if "other" not in values or (values["noun"], values["number"]) != (values["other"], values["last"]):
             return sentence
-
-
-def make_sentence(rule_english: str, **values: str) -> Sentence:
-    """Return the sentence of the rule with that English pattern, with `values` in its slots.
-
-    Raises:
-        ValueError: if there is no such rule, or a word is none of its slot's.
-    """
-    for rule in RULES:
-        if rule.english == rule_english and all(values.get(name) in words for name, words in rule.slots):
-            return Sentence(rule, tuple(values[name] for name, _ in rule.slots))
-    raise ValueError(f"no rule {rule_english!r} that takes {values}")
 
 
 def parse(text: str) -> Sentence:

@@ -15,6 +15,7 @@ from typing import Any
 from pipeline.teach.grammar import (
     COLOURS,
     DIGITS,
+    KINDS,
     SECOND_LANGUAGE,
     SHAPES,
     SIDES,
@@ -115,7 +116,7 @@ def draw_saying(
     rng: random.Random,
     *,
     held_out: bool | None = None,
-    kinds: tuple[str, ...] = ("state", "request", "scene", "question"),
+    kinds: tuple[str, ...] = KINDS,
 ) -> Saying:
     """Return one sentence; with `held_out` only one that is held out (True), or one that is not (False)."""
     while True:
