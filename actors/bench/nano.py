@@ -66,10 +66,8 @@ class NanoOptions:
     streams: StreamOptions | None = None
 
 
-def run_nano(
-    options: NanoOptions, on_progress: Progress | None = None, on_text: Callable[[str], None] | None = None
-) -> NanoReport:
-    """Measure the checkpoint; `on_text` is told how a sweep goes. Sets torch's thread count.
+def run_nano(options: NanoOptions, on_progress: Progress | None = None) -> NanoReport:
+    """Measure the checkpoint. Sets torch's thread count.
 
     Raises:
         MediaError: if flite or espeak-ng is missing or fails.
@@ -79,7 +77,7 @@ def run_nano(
         ServiceError, StoreError: of a sweep, if the service does not start, or breaks.
     """
     check_speech_tools()
-    return _Bench(options, on_progress or (lambda _what, _num_done, _num_all: None)).run(on_text)
+    return _Bench(options, on_progress or (lambda _what, _num_done, _num_all: None)).run()
 
 
 class _Bench:
@@ -105,7 +103,7 @@ class _Bench:
         self._models = LocalModels(ears, DecodeEngine(exact, params, parts=load_parts(exact, params)), "phi4")
         self._runs = EngineRuns(ears, self._models.engine, LANGUAGE)
 
-    def run(self, on_text: Callable[[str], None] | None) -> NanoReport:
+    def run(self) -> NanoReport:
         started = time.perf_counter()
         scores = self._score()
         self._tell("live and offline")
@@ -125,11 +123,12 @@ class _Bench:
             series=series,
             draft_differences=tuple(differences),
             seconds=time.perf_counter() - started,
-            sweep=self._sweep(on_text),
+            sweep=self._sweep(),
         )
 
     def _score(self) -> Scores:
-        num_items, found = self._options.num_items, {}
+        num_items = self._options.num_items
+        found: dict[str, float] = {}
         for what, ask in (
             ("listening", self._examiner.hear),
             ("looking", self._examiner.see),
@@ -180,7 +179,7 @@ class _Bench:
         voice, generator = rng.choice(training_voices()), np.random.default_rng(rng.getrandbits(63))
         return text, speak(text, voice, generator, run_speech_tool)
 
-    def _sweep(self, on_text: Callable[[str], None] | None) -> SweepReport | None:
+    def _sweep(self) -> SweepReport | None:
         if self._options.streams is None:
             return None
         self._tell("live streams")
@@ -189,11 +188,14 @@ class _Bench:
             for index in range(self._options.streams.num_sentences)
         ]
         with tempfile.TemporaryDirectory(prefix="surtitle-bench-") as folder:
-            return sweep_streams(clips, Path(folder), self._options.settings, self._options.streams, on_text)
+            return sweep_streams(clips, Path(folder), self._options.settings, self._options.streams, self._tell_more)
 
     def _tell(self, what: str) -> None:
-        self._on_progress(what, self._num_told, _NUM_STEPS + (self._options.streams is not None))
         self._num_told += 1
+        self._tell_more(what)
+
+    def _tell_more(self, what: str) -> None:
+        self._on_progress(what, self._num_told - 1, _NUM_STEPS + (self._options.streams is not None))
 
 
 def _differences(items: Sequence[Item], plain: Run, drafted: Run) -> list[DraftDifference]:

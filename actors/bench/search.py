@@ -62,8 +62,7 @@ class RoundFigures:
 def find_missed(figures: RoundFigures, limits: SweepLimits, wer_of_one: float | None) -> tuple[str, ...]:
     """Return the names (of `LIMIT_NAMES`) of the limits that a round missed.
 
-    What was not measured is missed, unless it has no limit; and but for the word error rate, which is not judged without
-    a reference text.
+    What was not measured is missed, where it is judged; the word error rate is not judged without a reference text.
     """
     is_kept = {
         "finalisation": _is_within(figures.finalisation_p95_ms, limits.max_finalisation_p95_ms),
