@@ -107,6 +107,15 @@ def test_words_are_not_judged_without_a_text_to_compare_with() -> None:
     assert find_missed(dataclasses.replace(GOOD, wer=0.9), SweepLimits(), None) == ()
 
 
+def test_a_latency_without_a_limit_is_not_judged_whether_it_was_measured_or_not() -> None:
+    limits = SweepLimits(max_first_word_p95_ms=None, max_emission_lag_p95_ms=None)
+    slow = dataclasses.replace(GOOD, first_word_p95_ms=9_000.0, emission_lag_p95_ms=None)
+    assert find_missed(slow, limits, 0.02) == ()
+    assert find_missed(dataclasses.replace(slow, finalisation_p95_ms=None), limits, 0.02) == ("finalisation",)
+    assert set(LIMIT_NAMES) - set(limits.judged) == {"first_word", "emission_lag"}
+    assert SweepLimits().judged == LIMIT_NAMES
+
+
 def test_limits_are_judged_one_by_one_since_one_can_hide_the_others() -> None:
     rounds: list[tuple[int, tuple[str, ...]]] = [(1, ()), (2, ("first_word",)), (4, ("first_word", "wer"))]
     largest = find_largest_by_limit(rounds)

@@ -16,8 +16,9 @@ from pathlib import Path
 
 import torch
 
-from actors.bench.decode_report import DecoderReport, Difference, SeriesResult, WayResult
-from actors.bench.decode_requests import Cut, SpokenUtterance, choose_cuts, find_spoken_utterances, load_recordings
+from actors.bench.decode_report import DecoderReport, Difference, WayResult
+from actors.bench.decode_requests import choose_cuts, find_spoken_utterances, load_recordings
+from actors.bench.engine_runs import EngineRuns, Item, Run, request_key
 from actors.bench.generate import GenerateWhisper
 from actors.settings import Settings
 from actors.threads import choose_num_threads
@@ -26,8 +27,7 @@ from pipeline.decode.embeddings_to_hypotheses import DecodeEngine
 from pipeline.decode.guards import token_cap
 from pipeline.decode.prompting import Question
 from pipeline.decode.runner import Context
-from pipeline.errors import StageError
-from pipeline.items import TRANSCRIBE, DecodeRequest, Embeddings, Failure, Hypothesis, RequestKey, Snapshot, SnapshotKey
+from pipeline.items import TRANSCRIBE
 from pipeline.models.whisper.runner import load_parts
 from pipeline.stream_params import AUTO
 
@@ -54,36 +54,6 @@ class DecoderOptions:
     num_repeats: int = 3
     seed: int = 1
     settings: Settings = field(default_factory=Settings)
-
-
-@dataclass(frozen=True, slots=True)
-class _Item:
-    """One request, ready to be decoded any way."""
-
-    name: str
-    language: str
-    draft: tuple[int, ...]
-    embeddings: Embeddings
-
-    def request(self, *, has_draft: bool, is_final: bool) -> DecodeRequest:
-        draft = self.draft if has_draft else ()
-        return DecodeRequest(self.embeddings.key, is_final, self.language, (), draft, (TRANSCRIBE,))
-
-
-@dataclass(frozen=True, slots=True)
-class _Run:
-    """One way once: a text for each item. `num_steps` are forward passes, whatever the number of their rows."""
-
-    tokens: list[tuple[int, ...]]
-    guards: list[str | None]
-    num_passes: int
-    num_steps: int
-    seconds: float
-
-    @property
-    def num_tokens(self) -> int:
-        """Text tokens with the end of each text."""
-        return sum(len(tokens) + 1 for tokens in self.tokens)
 
 
 def run_decoder(options: DecoderOptions, on_progress: Progress | None = None) -> DecoderReport:
@@ -125,6 +95,8 @@ class _Bench:
         torch.set_num_threads(self._num_threads)
         self._prompter = parts.prompter
         self._engine = DecodeEngine(settings.model, self._params, parts=parts)
+        asked = settings.captions.language
+        self._runs = EngineRuns(self._encoder, self._engine, None if asked == AUTO else asked)
         self._yardstick = GenerateWhisper(settings.model, parts.prompter.num_text_tokens)
 
     def run(self) -> DecoderReport:
@@ -132,7 +104,10 @@ class _Bench:
         items = self._prepare()
         ways, num_guarded = self._measure(items)
         utterances = list({id(cut.utterance): cut.utterance for cut in self._cuts}.values())
-        series = self._run_series(utterances)
+        self._tell("live series")
+        series = self._runs.run_series(
+            utterances, lambda asked, plain, drafted: self._compare(asked, SERIES, plain, drafted)
+        )
         return DecoderReport(
             model=self._options.settings.model.name,
             device=self._encoder.device,
@@ -152,55 +127,33 @@ class _Bench:
 
     # -- requests ---------------------------------------------------------------------------------
 
-    def _prepare(self) -> list[_Item]:
+    def _prepare(self) -> list[Item]:
         """Encode all cuts, and decode what was heard 640 ms before them for their drafts."""
         before = [(index, cut.previous) for index, cut in enumerate(self._cuts)]
-        earlier = [self._item(index, cut, ()) for index, cut in before if cut is not None]
+        earlier = [self._runs.item(index, cut, ()) for index, cut in before if cut is not None]
         drafts = {
             hypothesis.key: hypothesis.tokens
-            for hypothesis in self._decode(earlier)[0]
+            for hypothesis in self._runs.decode(earlier)[0]
             if hypothesis.guard is None  # the tokens of others must not become a draft
         }
-        return [self._item(index, cut, drafts.get(_key(index), ())) for index, cut in enumerate(self._cuts)]
-
-    def _item(self, index: int, cut: Cut, draft: tuple[int, ...]) -> _Item:
-        asked = self._options.settings.captions.language
-        language = cut.utterance.language if asked == AUTO else asked
-        key = _key(index)
-        # As a final: float32, the same for all ways.
-        snapshot = Snapshot(
-            key=key,
-            channel=0,
-            is_final=True,
-            start_sample=cut.utterance.start_sample,
-            samples=cut.samples,
-            language=language,
-            languages=(),
-            draft=(),
-            tasks=(TRANSCRIBE,),
-        )
-        (embeddings,) = self._encoder.encode([snapshot])
-        name = f"request {index + 1} ({cut.name})"
-        if isinstance(embeddings, Failure):
-            raise StageError(f"{name} cannot be encoded: {embeddings.message}")
-        return _Item(name, language, draft, embeddings)
+        return [self._runs.item(index, cut, drafts.get(request_key(index), ())) for index, cut in enumerate(self._cuts)]
 
     # -- ways -------------------------------------------------------------------------------------
 
-    def _measure(self, items: Sequence[_Item]) -> tuple[list[WayResult], int]:
+    def _measure(self, items: Sequence[Item]) -> tuple[list[WayResult], int]:
         """Return the results of all ways, and how many texts a guard has cut."""
-        expected = self._run_engine(items, has_drafts=False, is_batched=False)
-        ways: dict[str, Callable[[], _Run]] = {
-            ENGINE: lambda: self._run_engine(items, has_drafts=True, is_batched=True),
-            WITHOUT_DRAFTS: lambda: self._run_engine(items, has_drafts=False, is_batched=True),
-            ONE_BY_ONE: lambda: self._run_engine(items, has_drafts=False, is_batched=False),
-            ONE_BY_ONE_WITH_DRAFTS: lambda: self._run_engine(items, has_drafts=True, is_batched=False),
+        expected = self._runs.run(items, has_drafts=False, is_batched=False)
+        ways: dict[str, Callable[[], Run]] = {
+            ENGINE: lambda: self._runs.run(items, has_drafts=True, is_batched=True),
+            WITHOUT_DRAFTS: lambda: self._runs.run(items, has_drafts=False, is_batched=True),
+            ONE_BY_ONE: lambda: self._runs.run(items, has_drafts=False, is_batched=False),
+            ONE_BY_ONE_WITH_DRAFTS: lambda: self._runs.run(items, has_drafts=True, is_batched=False),
             GENERATE: lambda: self._run_generate(items, expected),
         }
         if self._engine.partial_dtype != self._engine.final_dtype:
-            ways[REDUCED] = lambda: self._run_engine(items, has_drafts=True, is_batched=True, is_final=False)
+            ways[REDUCED] = lambda: self._runs.run(items, has_drafts=True, is_batched=True, is_final=False)
         self._tell("warming up")
-        runs: dict[str, list[_Run]] = {name: [] for name in ways}
+        runs: dict[str, list[Run]] = {name: [] for name in ways}
         self._compare(items, GENERATE, expected, self._run_generate(items, expected, is_checked=True))
         for name, run in ways.items():
             if name != GENERATE:
@@ -209,49 +162,14 @@ class _Bench:
             self._tell(f"repeat {repeat + 1}")
             for name, run in ways.items():
                 runs[name].append(self._take(items, name, expected, run()))
-        return [_result(name, taken, expected) for name, taken in runs.items()], _count_guarded(expected)
+        return [_result(name, taken, expected) for name, taken in runs.items()], expected.num_guarded
 
-    def _take(self, items: Sequence[_Item], way: str, expected: _Run, run: _Run) -> _Run:
+    def _take(self, items: Sequence[Item], way: str, expected: Run, run: Run) -> Run:
         if way != REDUCED:  # what differs there is a figure, not a fault
             self._compare(items, way, expected, run)
         return run
 
-    def _decode(
-        self,
-        items: Sequence[_Item],
-        *,
-        has_drafts: bool = False,
-        is_batched: bool = True,
-        is_final: bool = True,
-    ) -> tuple[list[Hypothesis], int]:
-        """Return the engine's hypotheses of `items`, in their order, and its number of steps."""
-        engine, num_steps = self._engine, 0
-        found: dict[RequestKey, Hypothesis] = {}
-        for batch in [items] if is_batched else [[item] for item in items]:
-            for item in batch:
-                engine.submit(item.request(has_draft=has_drafts, is_final=is_final), Context(item.embeddings))
-            while engine.has_work:
-                for outcome in engine.step():
-                    if isinstance(outcome, Failure):
-                        name = next(item.name for item in items if item.embeddings.key == outcome.key)
-                        raise StageError(f"{name} failed in the decoder: {outcome.message}")
-                    found[outcome.key] = outcome
-                num_steps += 1
-        return [found[item.embeddings.key] for item in items], num_steps
-
-    def _run_engine(self, items: Sequence[_Item], *, has_drafts: bool, is_batched: bool, is_final: bool = True) -> _Run:
-        started = time.perf_counter()
-        hypotheses, num_steps = self._decode(items, has_drafts=has_drafts, is_batched=is_batched, is_final=is_final)
-        seconds = time.perf_counter() - started
-        return _Run(
-            tokens=[hypothesis.tokens for hypothesis in hypotheses],
-            guards=[hypothesis.guard for hypothesis in hypotheses],
-            num_passes=sum(hypothesis.num_passes for hypothesis in hypotheses),
-            num_steps=num_steps,
-            seconds=seconds,
-        )
-
-    def _run_generate(self, items: Sequence[_Item], expected: _Run, *, is_checked: bool = False) -> _Run:
+    def _run_generate(self, items: Sequence[Item], expected: Run, *, is_checked: bool = False) -> Run:
         generate = self._yardstick.generate_checked if is_checked else self._yardstick.generate
         asked = []
         for item, tokens, guard in zip(items, expected.tokens, expected.guards, strict=True):
@@ -266,9 +184,9 @@ class _Bench:
         num_passes = sum(min(len(tokens) + 1, most) for tokens, (_, _, most) in zip(found, asked, strict=True))
         pairs = zip(found, expected.tokens, expected.guards, strict=True)
         kept = [tokens if guard is None else tokens[: len(ours)] for tokens, ours, guard in pairs]
-        return _Run(kept, expected.guards, num_passes, num_passes, seconds)
+        return Run(kept, expected.guards, num_passes, num_passes, seconds)
 
-    def _compare(self, items: Sequence[_Item], way: str, expected: _Run, run: _Run) -> None:
+    def _compare(self, items: Sequence[Item], way: str, expected: Run, run: Run) -> None:
         """Note the items whose text is not that of the engine without drafts and batches."""
         for index, item in enumerate(items):
             if (run.tokens[index], run.guards[index]) != (expected.tokens[index], expected.guards[index]):
@@ -276,45 +194,12 @@ class _Bench:
                 if difference not in self._differences:
                     self._differences.append(difference)
 
-    # -- live series ------------------------------------------------------------------------------
-
-    def _run_series(self, utterances: Sequence[SpokenUtterance]) -> SeriesResult:
-        """Decode every utterance as a live stream does, all of them in step, with drafts and without."""
-        self._tell("live series")
-        counts = SeriesResult()
-        drafts: dict[int, tuple[int, ...]] = {}
-        ends = [utterance.series_ends() for utterance in utterances]
-        for round_number in range(max(map(len, ends))):
-            open_ones = [index for index in range(len(utterances)) if round_number < len(ends[index])]
-            cuts = [Cut(utterances[index], ends[index][round_number]) for index in open_ones]
-            items = [self._item(index, cut, drafts.get(index, ())) for index, cut in zip(open_ones, cuts, strict=True)]
-            plain = self._run_engine(items, has_drafts=False, is_batched=True)
-            drafted = self._run_engine(items, has_drafts=True, is_batched=True)
-            self._compare(items, SERIES, plain, drafted)
-            for index, tokens, guard in zip(open_ones, drafted.tokens, drafted.guards, strict=True):
-                if guard is None:
-                    drafts[index] = tokens
-            counts += SeriesResult(
-                num_snapshots=len(items),
-                num_tokens=plain.num_tokens,
-                passes_with_drafts=drafted.num_passes,
-                passes_without_drafts=plain.num_passes,
-                steps_with_drafts=drafted.num_steps,
-                steps_without_drafts=plain.num_steps,
-            )
-        return counts
-
     def _tell(self, what: str) -> None:
         self._on_progress(what, self._num_told, _NUM_STEPS + self._options.num_repeats)
         self._num_told += 1
 
 
-def _key(index: int) -> SnapshotKey:
-    # A stream each: one request must never overtake another.
-    return SnapshotKey(f"bench-{index + 1}", 1, 1)
-
-
-def _result(name: str, runs: Sequence[_Run], expected: _Run) -> WayResult:
+def _result(name: str, runs: Sequence[Run], expected: Run) -> WayResult:
     run = runs[-1]
     return WayResult(
         name=name,
@@ -324,10 +209,6 @@ def _result(name: str, runs: Sequence[_Run], expected: _Run) -> WayResult:
         num_steps=run.num_steps,
         num_different=sum(mine != theirs for mine, theirs in zip(run.tokens, expected.tokens, strict=True)),
     )
-
-
-def _count_guarded(run: _Run) -> int:
-    return sum(guard is not None for guard in run.guards)
 
 
 def _num_equal(tokens: Sequence[int], expected: Sequence[int]) -> int:

@@ -63,14 +63,15 @@ def draw_sweep(report: SweepReport, path: Path) -> None:
         raise ConfigError(f"--plot cannot write {path}: {exc.strerror}") from exc
 
 
-def _draw(axes: Axes, rounds: list[SweepRound], name: str, limit_ms: float) -> None:
+def _draw(axes: Axes, rounds: list[SweepRound], name: str, limit_ms: float | None) -> None:
     values = [Percentiles.of(getattr(played.report.latencies, name)) for played in rounds]
     for label, ordinates in (("p50", [value.p50 for value in values]), ("p95", [value.p95 for value in values])):
         points = [
             (played.num_streams, ms / 1_000) for played, ms in zip(rounds, ordinates, strict=True) if ms is not None
         ]
         axes.plot([number for number, _ in points], [seconds for _, seconds in points], marker="o", label=label)
-    axes.axhline(limit_ms / 1_000, color="tab:red", linestyle="--", label="limit of p95")
+    if limit_ms is not None:
+        axes.axhline(limit_ms / 1_000, color="tab:red", linestyle="--", label="limit of p95")
     axes.set_xscale("log", base=2)
     axes.set_xticks([played.num_streams for played in rounds], [str(played.num_streams) for played in rounds])
     axes.minorticks_off()

@@ -6,7 +6,7 @@ and the smallest bad number is halved until they are neighbours.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from pydantic import Field
@@ -28,11 +28,21 @@ class SweepLimits(Params):
     max_finalisation_p95_ms: float = Field(
         default=1_200.0, gt=0, description="last speech of an utterance to its final"
     )
-    max_first_word_p95_ms: float = Field(default=1_500.0, gt=0, description="first speech to the first right word")
-    max_emission_lag_p95_ms: float = Field(default=2_500.0, gt=0, description="end of a word to its first appearance")
+    max_first_word_p95_ms: float | None = Field(
+        default=1_500.0, gt=0, description="first speech to the first right word; null: not judged"
+    )
+    max_emission_lag_p95_ms: float | None = Field(
+        default=2_500.0, gt=0, description="end of a word to its first appearance; null: not judged"
+    )
     max_wer_points: float = Field(default=0.5, ge=0, description="word error rate above that of one stream, in points")
     max_finals_lost: int = Field(default=0, ge=0, description="utterances without a final")
     max_streams_failed: int = Field(default=0, ge=0, description="streams refused or ended by an error")
+
+    @property
+    def judged(self) -> tuple[str, ...]:
+        """The names (of `LIMIT_NAMES`) of what is judged."""
+        limits = {"first_word": self.max_first_word_p95_ms, "emission_lag": self.max_emission_lag_p95_ms}
+        return tuple(name for name in LIMIT_NAMES if limits.get(name, 0.0) is not None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +62,7 @@ class RoundFigures:
 def find_missed(figures: RoundFigures, limits: SweepLimits, wer_of_one: float | None) -> tuple[str, ...]:
     """Return the names (of `LIMIT_NAMES`) of the limits that a round missed.
 
-    What was not measured is missed, but for the word error rate: without a reference text it is not judged.
+    What was not measured is missed, where it is judged; the word error rate is not judged without a reference text.
     """
     is_kept = {
         "finalisation": _is_within(figures.finalisation_p95_ms, limits.max_finalisation_p95_ms),
@@ -68,15 +78,18 @@ def find_missed(figures: RoundFigures, limits: SweepLimits, wer_of_one: float | 
     return tuple(name for name in LIMIT_NAMES if not is_kept[name])
 
 
-def find_largest_by_limit(rounds: Iterable[tuple[int, tuple[str, ...]]]) -> dict[str, int]:
+def find_largest_by_limit(
+    rounds: Iterable[tuple[int, tuple[str, ...]]], names: Sequence[str] = LIMIT_NAMES
+) -> dict[str, int]:
     """Return for each limit alone the largest number of streams that kept it; 0 if none did.
 
     Args:
         rounds: number of streams and the limits missed, of every round that was played.
+        names: the limits that are judged.
     """
-    largest = dict.fromkeys(LIMIT_NAMES, 0)
+    largest = dict.fromkeys(names, 0)
     for num_streams, missed in rounds:
-        for name in LIMIT_NAMES:
+        for name in names:
             if name not in missed and IN_TIME not in missed:
                 largest[name] = max(largest[name], num_streams)
     return largest
@@ -123,5 +136,5 @@ class StreamSearch:
             self._smallest_bad = num_streams
 
 
-def _is_within(value: float | None, limit: float) -> bool:
-    return value is not None and value <= limit
+def _is_within(value: float | None, limit: float | None) -> bool:
+    return limit is None or (value is not None and value <= limit)

@@ -57,7 +57,8 @@ class SweepReport:
     @property
     def largest_streams_by_limit(self) -> dict[str, int]:
         """For each limit alone the largest number of streams played that kept it; 0 if none did."""
-        return find_largest_by_limit((played.num_streams, played.missed) for played in self.rounds)
+        rounds = ((played.num_streams, played.missed) for played in self.rounds)
+        return find_largest_by_limit(rounds, self.limits.judged)
 
     def to_json(self) -> dict[str, Any]:
         """Return every figure as JSON values; a round has what `LiveReport.to_json` gives, and its verdict."""

@@ -110,8 +110,8 @@ def sweep_table(report: SweepReport) -> RenderableType:
     lines = (
         f"largest number within all limits: {report.largest_streams}",
         f"largest number played that kept each limit alone: {alone}",
-        f"limits: p95 of finalisation {_seconds(limits.max_finalisation_p95_ms)} s, first word "
-        f"{_seconds(limits.max_first_word_p95_ms)} s, emission lag {_seconds(limits.max_emission_lag_p95_ms)} s; "
+        f"limits: p95 of finalisation {_limit(limits.max_finalisation_p95_ms)}, first word "
+        f"{_limit(limits.max_first_word_p95_ms)}, emission lag {_limit(limits.max_emission_lag_p95_ms)}; "
         f"WER {limits.max_wer_points:g} points above that of one stream; "
         f"{limits.max_finals_lost} finals lost; {limits.max_streams_failed} streams failed; all over in time",
     )
@@ -182,6 +182,10 @@ def _whole(value_ms: float | None) -> str:
 
 def _seconds(value_ms: float | None) -> str:
     return "-" if value_ms is None else f"{value_ms / 1_000:.2f}"
+
+
+def _limit(value_ms: float | None) -> str:
+    return "not judged" if value_ms is None else f"{_seconds(value_ms)} s"
 
 
 def _arrow(difference: Difference) -> str:
