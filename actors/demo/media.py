@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -141,12 +142,12 @@ def _write_video(path: Path, pictures: list[Pixels], samples: Samples) -> None:
         video.width, video.height, video.pix_fmt = _WIDTH_PX, _HEIGHT_PX, "yuv420p"
         video.codec_context.thread_count = 1
         sound = container.add_stream("flac", rate=SAMPLE_RATE_HZ, layout="mono")
-        packets: list[av.Packet] = []
+        packets: list[av.Packet[Any]] = []
         for picture in pictures:
             packets += video.encode(av.VideoFrame.from_ndarray(picture, format="rgb24"))
         packets += video.encode(None)
         packets += _sound_packets(sound, samples)
-        for packet in sorted(packets, key=lambda packet: packet.dts * packet.time_base):
+        for packet in sorted(packets, key=lambda packet: (packet.dts or 0) * packet.time_base):
             container.mux(packet)
 
 
@@ -156,8 +157,8 @@ def _write_sound(path: Path, samples: Samples) -> None:
             container.mux(packet)
 
 
-def _sound_packets(stream: av.AudioStream, samples: Samples) -> list[av.Packet]:
-    packets: list[av.Packet] = []
+def _sound_packets(stream: av.AudioStream, samples: Samples) -> list[av.Packet[Any]]:
+    packets: list[av.Packet[Any]] = []
     for start in range(0, len(samples), _BLOCK_SAMPLES):
         part = np.ascontiguousarray(samples[np.newaxis, start : start + _BLOCK_SAMPLES])
         block = av.AudioFrame.from_ndarray(part, format="s16", layout="mono")
