@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
@@ -20,8 +21,8 @@ from typer.testing import CliRunner
 from actors import speech_tools
 from actors.bench import nano as bench
 from actors.bench.decode_report import SeriesResult
-from actors.bench.nano import NanoOptions, run_nano
-from actors.bench.nano_report import DraftDifference, LiveDifference, NanoReport
+from actors.bench.nano import NanoOptions, in_one_breath, run_nano
+from actors.bench.nano_report import DraftDifference, LiveDifference, NanoReport, SpokenSeries
 from actors.bench.nano_streams import LIMITS, StreamOptions
 from actors.cli.app import app
 from actors.cli.options import load
@@ -87,8 +88,9 @@ def scores(num_items: int = 4, wer_seen: float | None = 0.01) -> Scores:
 
 def made_up(**changes: Any) -> NanoReport:
     return NanoReport(**{
-        "model": "m", "num_threads": 1, "seed": 1, "scores": scores(), "live_differences": (), "num_utterances": 3,
-        "series": SeriesResult(7, 40, 10, 35, 4, 12), "draft_differences": (), "seconds": 9.5, "sweep": None, **changes,
+        "model": "m", "num_threads": 1, "seed": 1, "scores": scores(), "sweep": None,
+        "live_differences": (), "draft_differences": (),
+        "series": {3: SpokenSeries(2, 11.0, SeriesResult(7, 40, 10, 35, 4, 12))}, "seconds": 9.5, **changes,
     })  # fmt: skip
 
 
@@ -111,7 +113,10 @@ def test_all_figures_are_there_and_drafts_change_passes_and_no_token(report: Nan
     assert figures["wer_seen"] > 0.5, "nobody taught it"
     assert figures["description_right"] == figures["spoken_question_right"] == 0
     assert figures["tokens_equal"] is True
-    assert figures["num_snapshots"] > figures["num_utterances"] >= 2
+    assert list(figures["series_by_sentences"]) == ["1", "2", "3"]
+    for name, value in figures["series_by_sentences"]["3"].items():
+        assert figures[name] == value
+    assert figures["num_snapshots"] > 5 * figures["num_utterances"] == 5
     assert figures["passes_with_drafts"] < figures["passes_without_drafts"]
     assert figures["live_equals_offline"] == 1 - len(figures["live_differences"]) / 2
 
@@ -135,11 +140,19 @@ def test_sentences_are_held_out_and_another_seed_has_others(settings: Settings) 
     assert texts[1] != texts[2]
 
 
+def test_pauses_between_sentences_are_cut_to_a_breath_and_those_around_are_kept() -> None:
+    sound, pause = np.array([5, 0, -3], np.int16), np.zeros(8_000, np.int16)
+    samples = np.concatenate([pause, sound, pause, sound, pause[:4_800], sound, pause])
+    cut = in_one_breath(samples)
+    assert cut.tolist() == [*pause, *sound, *pause[:4_800], *sound, *pause[:4_800], *sound, *pause]
+    assert not len(in_one_breath(pause[:0]))
+
+
 def test_shares_and_aims_are_shown() -> None:
     differences = (LiveDifference("Belt three is hot.", "Belt is hot.", "Belt three is hot."),)
     report = made_up(live_differences=differences)
     assert report.live_equals_offline == 0.75
-    assert report.pass_ratio == 3.5
+    assert report.longest.pass_ratio == 3.5
     text = shown(report)
     for words in ("1.0 %", "75.0 %", "3.50", "live 'Belt is hot.', offline 'Belt three is hot.'", "< 3.0 %"):
         assert words in text

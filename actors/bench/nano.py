@@ -7,7 +7,6 @@ What the figures mean: docs/performance.md.
 
 from __future__ import annotations
 
-import os
 import random
 import tempfile
 import time
@@ -22,11 +21,12 @@ import torch
 from actors.bench.decode_requests import SpokenUtterance, find_spoken_utterances
 from actors.bench.engine_runs import EngineRuns, Item, Run
 from actors.bench.media import Clip
-from actors.bench.nano_report import DraftDifference, LiveDifference, NanoReport
+from actors.bench.nano_report import LONGEST_SAYINGS, DraftDifference, LiveDifference, NanoReport, SpokenSeries
 from actors.bench.nano_streams import StreamOptions, sweep_streams
 from actors.bench.sweep import SweepReport
 from actors.settings import Settings
 from actors.speech_tools import check_speech_tools, run_speech_tool
+from actors.threads import choose_num_threads
 from pipeline.audio.encoders import load_encoder
 from pipeline.decode.embeddings_to_hypotheses import DecodeEngine
 from pipeline.decode.loading import load_parts
@@ -34,18 +34,18 @@ from pipeline.errors import MediaError
 from pipeline.items import TRANSCRIBE, Snapshot, SnapshotKey
 from pipeline.local import LocalModels, caption_samples, serve_snapshots
 from pipeline.models.tier import phi4_directory
-from pipeline.models.weights import check_hashes, locate_model
 from pipeline.records import FinalRecord
 from pipeline.teach.evaluate import Examiner, Scores
 from pipeline.teach.speech import Samples, speak, training_voices
 from pipeline.teach.world import draw_saying
-from pipeline.timebase import ms_to_samples
+from pipeline.timebase import SAMPLE_RATE_HZ, ms_to_samples
 
 LANGUAGE = "en"
 
 _SILENCE_MS = 700
 """Behind an utterance: longer than the detector waits before it ends one."""
-_MAX_SAYINGS = 3
+_BREATH_MS = 300
+"""Between sentences of one utterance: shorter than that."""
 _NUM_STEPS = 6
 
 Progress = Callable[[str, int, int], None]
@@ -54,9 +54,9 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class NanoOptions:
-    """What is measured: `num_items` of each kind, drawn by `seed`; 0 threads: all cores; `streams` None: no sweep.
+    """What is measured: `num_items` of each kind, drawn by `seed`; `streams` None: no sweep.
 
-    The model is that of `settings`; it computes on the CPU, in float32.
+    The model is that of `settings`; it computes on the CPU, in float32, with `num_threads` (0: as a service's decoder).
     """
 
     settings: Settings
@@ -88,14 +88,14 @@ class _Bench:
         self._on_progress = on_progress
         self._num_told = 0
         self._tell("loading models")
-        self._num_threads = options.num_threads or len(os.sched_getaffinity(0))
+        # Products of so small a model are over before a second thread has woken up.
+        self._num_threads = choose_num_threads(options.num_threads, "decoder")
         torch.set_num_threads(self._num_threads)
         model = options.settings.model
-        check_hashes(locate_model(model.name, model.revision))
         self._examiner = Examiner(phi4_directory(model), run_speech_tool, options.seed)
         exact = model.model_copy(update={"device": "cpu", "partial_dtype": "float32", "final_dtype": "float32"})
         scheduler = options.settings.decoder.scheduler
-        most = max(scheduler.max_waiting, _MAX_SAYINGS * options.num_items)
+        most = max(scheduler.max_waiting, LONGEST_SAYINGS * options.num_items)
         params = options.settings.decoder.model_copy(
             update={"scheduler": scheduler.model_copy(update={"max_waiting": most})}
         )
@@ -110,8 +110,9 @@ class _Bench:
         live_differences = self._compare_live()
         self._tell("drafts")
         differences: list[DraftDifference] = []
-        utterances = self._draw_utterances()
-        series = self._runs.run_series(utterances, lambda *round_: differences.extend(_differences(*round_)))
+        series = {
+            num_sayings: self._run_series(num_sayings, differences) for num_sayings in range(1, LONGEST_SAYINGS + 1)
+        }
         options = self._options
         return NanoReport(
             model=options.settings.model.name,
@@ -119,7 +120,6 @@ class _Bench:
             seed=options.seed,
             scores=scores,
             live_differences=live_differences,
-            num_utterances=len(utterances),
             series=series,
             draft_differences=tuple(differences),
             seconds=time.perf_counter() - started,
@@ -161,16 +161,17 @@ class _Bench:
         # A failure is no text, live and here.
         return " ".join(getattr(outcome, "text", "") for outcome in serve_snapshots([snapshot], self._models))
 
-    def _draw_utterances(self) -> list[SpokenUtterance]:
-        """Return the utterances that the service finds in recordings of one to three sentences."""
+    def _run_series(self, num_sayings: int, differences: list[DraftDifference]) -> SpokenSeries:
+        """Decode utterances of so many sentences live, with drafts and without; add to `differences`."""
         utterances: list[SpokenUtterance] = []
-        for index in range(self._options.num_items):
-            text, samples = self._draw_speech("drafts", index, 1 + index % _MAX_SAYINGS)
-            clip = Clip(f"recording {index + 1}", LANGUAGE, text, samples)
+        for index in range(-(-self._options.num_items // LONGEST_SAYINGS)):
+            text, samples = self._draw_speech("drafts", index, num_sayings)
+            clip = Clip(f"recording {index + 1} of {num_sayings} sentences", LANGUAGE, text, in_one_breath(samples))
             utterances += find_spoken_utterances(clip, self._options.settings.vad)
         if not utterances:
             raise MediaError("the voice detector hears nobody in what flite and espeak-ng say: look at vad")
-        return utterances
+        counts = self._runs.run_series(utterances, lambda *round_: differences.extend(_differences(*round_)))
+        return SpokenSeries(len(utterances), sum(len(found.samples) for found in utterances) / SAMPLE_RATE_HZ, counts)
 
     def _draw_speech(self, what: str, index: int, num_sayings: int) -> tuple[str, Samples]:
         """Return held-out sentences and how a voice that the model knows says them."""
@@ -196,6 +197,16 @@ class _Bench:
 
     def _tell_more(self, what: str) -> None:
         self._on_progress(what, self._num_told - 1, _NUM_STEPS + (self._options.streams is not None))
+
+
+def in_one_breath(samples: Samples) -> Samples:
+    """Return int16[n] without what is over 300 ms of each silence (all zeros) between two sounds."""
+    most = ms_to_samples(_BREATH_MS)
+    is_kept = np.ones(len(samples), np.bool_)
+    (sounds,) = np.nonzero(samples)
+    for index in np.flatnonzero(np.diff(sounds) > most + 1):
+        is_kept[sounds[index] + 1 + most : sounds[index + 1]] = False
+    return samples[is_kept]
 
 
 def _differences(items: Sequence[Item], plain: Run, drafted: Run) -> list[DraftDifference]:

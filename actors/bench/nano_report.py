@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
 
     from actors.bench.sweep import SweepReport
     from pipeline.teach.evaluate import Scores
+
+LONGEST_SAYINGS = 3
+"""Sentences of the longest utterances: some five seconds, as much as the model was taught to write down in one go."""
 
 _MAX_DIFFERENCES_TOLD = 5
 _MAX_NOISE_RATIO = 3.0
@@ -42,16 +46,34 @@ class DraftDifference:
 
 
 @dataclass(frozen=True, slots=True)
+class SpokenSeries:
+    """Live series of utterances of one length; `sound_s` is that of all utterances together."""
+
+    num_utterances: int
+    sound_s: float
+    counts: SeriesResult
+
+    @property
+    def pass_ratio(self) -> float:
+        """How many times fewer passes of the decoder there are with drafts."""
+        return self.counts.passes_without_drafts / max(1, self.counts.passes_with_drafts)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the counts as JSON values."""
+        counts = {name: getattr(self.counts, name) for name in self.counts.__slots__}
+        return {"num_utterances": self.num_utterances, "sound_s": round(self.sound_s, 2), **counts}
+
+
+@dataclass(frozen=True, slots=True)
 class NanoReport:
-    """All figures. `seconds` is how long everything but the sweep took."""
+    """All figures. `series` is by sentences of an utterance; `seconds` is how long everything but the sweep took."""
 
     model: str
     num_threads: int
     seed: int
     scores: Scores
     live_differences: tuple[LiveDifference, ...]
-    num_utterances: int
-    series: SeriesResult
+    series: Mapping[int, SpokenSeries]
     draft_differences: tuple[DraftDifference, ...]
     seconds: float
     sweep: SweepReport | None
@@ -67,9 +89,9 @@ class NanoReport:
         return 1.0 - len(self.live_differences) / self.scores.num_items
 
     @property
-    def pass_ratio(self) -> float:
-        """How many times fewer passes of the decoder there are with drafts."""
-        return self.series.passes_without_drafts / max(1, self.series.passes_with_drafts)
+    def longest(self) -> SpokenSeries:
+        """The series of utterances that are about as long as people's are."""
+        return self.series[LONGEST_SAYINGS]
 
     def to_json(self) -> dict[str, Any]:
         """Return everything as JSON values; shares from 0 to 1."""
@@ -77,7 +99,6 @@ class NanoReport:
             name: round(value, 5) if isinstance(value, float) else value
             for name, value in self.scores.as_json().items()
         }
-        series = self.series
         return {
             "mode": "nano",
             "model": self.model,
@@ -86,13 +107,8 @@ class NanoReport:
             "num_threads": self.num_threads,
             "seed": self.seed,
             **scores,
-            "passes_with_drafts": series.passes_with_drafts,
-            "passes_without_drafts": series.passes_without_drafts,
-            "steps_with_drafts": series.steps_with_drafts,
-            "steps_without_drafts": series.steps_without_drafts,
-            "num_utterances": self.num_utterances,
-            "num_snapshots": series.num_snapshots,
-            "num_tokens": series.num_tokens,
+            **self.longest.to_json(),
+            "series_by_sentences": {str(number): series.to_json() for number, series in self.series.items()},
             "tokens_equal": self.are_tokens_equal,
             "differences": [
                 {"request": item.request, "num_equal_tokens": item.num_equal} for item in self.draft_differences
@@ -124,8 +140,12 @@ class NanoReport:
         for row in self._rows():
             table.add_row(*row)
         lines = [
-            f"live series of {self.num_utterances} utterances, {self.series.num_snapshots} snapshots: "
-            f"{self.series.passes_with_drafts} passes with drafts, {self.series.passes_without_drafts} without",
+            *(
+                f"live series of {series.num_utterances} utterances of {number} sentence{'s' * (number > 1)}, "
+                f"{series.sound_s / series.num_utterances:.1f} s each: {series.counts.passes_with_drafts} passes with "
+                f"drafts, {series.counts.passes_without_drafts} without, {series.pass_ratio:.2f} times fewer"
+                for number, series in self.series.items()
+            ),
             *(
                 f"live {item.live!r}, offline {item.offline!r}, said {item.text!r}"
                 for item in self.live_differences[:_MAX_DIFFERENCES_TOLD]
@@ -149,7 +169,7 @@ class NanoReport:
             ("summaries of text right", _percent(scores.summary_right), "-"),
             ("summaries of sound right", _percent(scores.sound_summary_right), "-"),
             ("live text is offline text", _percent(self.live_equals_offline), "99 %"),
-            ("times fewer passes with drafts", f"{self.pass_ratio:.2f}", "3"),
+            ("times fewer passes with drafts", f"{self.longest.pass_ratio:.2f}", "3"),
             ("tokens equal with drafts", "yes" if self.are_tokens_equal else "no", "yes"),
             ("live streams at once", streams, "8"),
         ]

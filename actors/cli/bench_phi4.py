@@ -46,7 +46,7 @@ RepeatsOption = Annotated[
     int, typer.Option("--repeats", metavar="R", min=1, max=1_000, help="Timed runs of each way, in turns.")
 ]
 ThreadsOption = Annotated[
-    int, typer.Option("--threads", metavar="T", min=0, max=256, help="CPU threads of all ways; 0: all cores.")
+    int, typer.Option("--threads", metavar="T", min=0, max=256, help="CPU threads; 0: all cores, nano: half.")
 ]
 WidthOption = Annotated[
     int, typer.Option("--width", min=384, max=3_072, help="Width of a scaled model, a multiple of 384.")
