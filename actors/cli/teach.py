@@ -111,9 +111,9 @@ def _speak(directory: Path, seed: int, num_clips: int, num_processes: int) -> Se
             note(f"speaking: {num_done} of {num_all} sentences")
 
     plan = draw_spoken(seed, num_clips)
-    corpus = make_corpus(plan, directory / STATE_FOLDER, num_processes, tell, tool=run_speech_tool, seed=seed)
-    spoken = [(text, voice, corpus[index]) for index, (text, voice) in enumerate(plan)]
-    return clips_of(spoken, NUM_MELS, seed)
+    pairs = [(spoken.text, spoken.voice) for spoken in plan]
+    corpus = make_corpus(pairs, directory / STATE_FOLDER, num_processes, tell, tool=run_speech_tool, seed=seed)
+    return clips_of(plan, corpus.__getitem__, NUM_MELS, seed)
 
 
 def _check_directory(directory: Path) -> None:

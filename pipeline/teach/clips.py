@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,8 +17,9 @@ from pipeline.models.phi4.audio_features import AudioFeatures
 from pipeline.models.phi4.conformer import TOKEN_STEPS
 from pipeline.teach.augment import augment
 from pipeline.teach.grammar import all_sentences
+from pipeline.teach.language import MAX_SAYINGS, MIN_SAYINGS
 from pipeline.teach.speech import Voice, draw_voice, with_level, with_room
-from pipeline.teach.world import draw_saying
+from pipeline.teach.world import draw_report, draw_saying
 
 _FULL_SCALE = 32_768.0
 _SAMPLE_RATE_HZ = 16_000
@@ -31,7 +32,7 @@ _DB = math.log(10) / 10
 
 _GAIN = (-3.5, 1.5)  # of the natural logarithm of power, beside that of `augment`
 _NOISY_SHARE, _SNR_DB = 0.5, (3.0, 35.0)
-_ROOM_SHARE = 0.25
+_ROOM_SHARE, _REPORTED_SHARE = 0.25, 0.35
 _MAX_SILENCE_STEPS = 30
 _GAP_STEPS = (8, 50)
 
@@ -44,12 +45,14 @@ class Clip:
         text: what is said.
         features: float16[steps, mels], of 10 ms.
         voice: who says it.
+        report: the number of the report that it is part of, in the order of the clips; -1: none.
         ends: where each of its words ends, as a share of the steps; empty while nobody knows.
     """
 
     text: str
     features: Tensor
     voice: str
+    report: int = -1
     ends: tuple[float, ...] = field(default=())
 
     @property
@@ -92,11 +95,15 @@ class Distortion:
             hum = sum(np.sin(2 * np.pi * (base_hz * n * times_s + generator.random())) / n for n in range(1, 7))
             self._noises.append(_noise_of(hum + 0.05 * generator.standard_normal(count), front_end))
 
-    def __call__(self, features: Tensor, rng: random.Random, others: Sequence[Clip] = ()) -> tuple[Tensor, int, float]:
+    def __call__(
+        self, features: Tensor, rng: random.Random, others: Sequence[Clip] = (), strength: float = 1.0
+    ) -> tuple[Tensor, int, float]:
         """Return other features, how many steps of silence stand before the sound, and how much it was stretched.
 
-        `others` are those who may babble in the background.
+        `others` are those who may babble in the background; `strength` is the share of sounds that are distorted.
         """
+        if rng.random() >= strength:
+            return features.float(), 0, 1.0
         x = augment(features, torch.Generator().manual_seed(rng.getrandbits(62)))
         stretch = len(x) / len(features)
         before, behind = (rng.randint(0, _MAX_SILENCE_STEPS) for _ in range(2))
@@ -135,21 +142,42 @@ def _resized(x: Tensor, num_steps: int, rng: random.Random) -> Tensor:
     return x[(torch.arange(num_steps) + rng.randrange(len(x))) % len(x)]
 
 
-def draw_spoken(seed: int, num_clips: int) -> list[tuple[str, Voice]]:
-    """Return what is to be spoken by whom: `num_clips` sentences, none held out, and every question once at least."""
+@dataclass(frozen=True, slots=True)
+class Spoken:
+    """What is to be spoken by whom. Sentences of one report have one voice and one `report`; those of none have -1."""
+
+    text: str
+    voice: Voice
+    report: int = -1
+
+
+def draw_spoken(seed: int, num_clips: int) -> list[Spoken]:
+    """Return `num_clips` sentences or a few more, none held out: every question, reports, and sentences alone."""
     rng = random.Random(f"{seed}/spoken")  # noqa: S311 - repeatable on purpose
     voice_rng = np.random.default_rng(rng.getrandbits(63))
     questions = sorted(sentence.text for sentence in all_sentences() if sentence.rule.kind == "question")
-    texts = [*questions, *(draw_saying(rng, held_out=False).text for _ in range(num_clips - len(questions)))]
-    return [(text, draw_voice(voice_rng)) for text in texts]
+    found = [Spoken(text, draw_voice(voice_rng)) for text in questions]
+    num_reported = len(found) + _REPORTED_SHARE * (num_clips - len(found))
+    number = 0
+    while len(found) < num_reported:
+        voice = draw_voice(voice_rng)
+        report = draw_report(rng, rng.randint(MIN_SAYINGS, MAX_SAYINGS), held_out=False)
+        found += [Spoken(saying.text, voice, number) for saying in report.sayings]
+        number += 1
+    while len(found) < num_clips:
+        found.append(Spoken(draw_saying(rng, held_out=False).text, draw_voice(voice_rng)))
+    return found
 
 
-def clips_of(spoken: Sequence[tuple[str, Voice, NDArray[np.int16]]], num_mels: int, seed: int) -> list[Clip]:
-    """Return clips of what was spoken, some of them in a room, each at a level of its own."""
+def clips_of(
+    spoken: Sequence[Spoken], samples_of: Callable[[int], NDArray[np.int16]], num_mels: int, seed: int
+) -> list[Clip]:
+    """Return clips of what was spoken, some in a room, each at a level of its own; `samples_of` tells the n-th's."""
     front_end = AudioFeatures(num_mels)
     clips = []
-    for index, (text, voice, samples) in enumerate(spoken):
-        rng = np.random.default_rng([seed, index])
+    for index, each in enumerate(spoken):
+        rng, samples = np.random.default_rng([seed, index]), samples_of(index)
         heard = with_room(samples, rng) if rng.random() < _ROOM_SHARE else samples
-        clips.append(Clip(text, features_of(with_level(heard, rng), front_end), voice.name))
+        features = features_of(with_level(heard, rng), front_end)
+        clips.append(Clip(each.text, features, each.voice.name, each.report))
     return clips

@@ -125,9 +125,7 @@ class Examiner:
 
     def see_and_hear(self, num_items: int) -> dict[str, float]:
         """Return the score of spoken questions about pictures."""
-        return {
-            "spoken_question_right": self._share(num_items, lambda index: self._is_answered(index, is_spoken=True))
-        }
+        return {"spoken_question_right": self._share(num_items, lambda index: self._is_answered(index, is_spoken=True))}
 
     def examine(self, num_items: int) -> Scores:
         """Return all scores, of `num_items` items each."""

@@ -1,7 +1,7 @@
 """The model that is taught: its size, its tokenizer, how it begins, and how it is written down.
 
-It is transformers' native `Phi4MultimodalForCausalLM`, small; nothing of it is defined a second time. What is written is
-a checkpoint as any other, and is read by `pipeline.models.phi4.checkpoint`.
+It is transformers' native `Phi4MultimodalForCausalLM`, small; nothing of it is defined a second time. What is written
+is a checkpoint as any other, and is read by `pipeline.models.phi4.checkpoint`.
 """
 
 from __future__ import annotations
@@ -230,7 +230,8 @@ def new_model(tokenizer: Tokenizer, seed: int) -> Nano:
     from transformers import Phi4MultimodalConfig, Phi4MultimodalForCausalLM  # noqa: PLC0415 - not in every installation
 
     native = nano_config(tokenizer)
-    model = Phi4MultimodalForCausalLM(Phi4MultimodalConfig.from_dict(native)).float()
+    model: Any = Phi4MultimodalForCausalLM(Phi4MultimodalConfig.from_dict(native))
+    model = model.float()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):

@@ -94,9 +94,9 @@ class Network:
         return projected
 
     def look(self, pictures: Sequence[PictureCrops]) -> list[Tensor]:
-        """Return the decoder's tokens of each picture, [layout.num_tokens, decoder width].
+        """Return what SigLIP makes of each picture, [crops, side / 2, side / 2, width].
 
-        Equal to `SiglipEncoder` and `VisionProjection`; the layers that nothing computes with are left out.
+        Equal to `SiglipEncoder`; the layers that nothing computes with are left out.
         """
         encoder, config = self.image.img_processor, self.nano.config.vision
         mask = torch.cat([picture.mask for picture in pictures])
@@ -107,10 +107,13 @@ class Network:
         side = config.crop_size // config.patch_size
         square = h.transpose(1, 2).reshape(len(h), -1, side, side)
         features = F.avg_pool2d(square, _POOLED).permute(0, 2, 3, 1)
-        each = features.split([picture.layout.num_crops for picture in pictures])
-        joined = [self._join(part, picture) for part, picture in zip(each, pictures, strict=True)]
+        return list(torch.split(features, [picture.layout.num_crops for picture in pictures]))
+
+    def project_pictures(self, seen: Sequence[Tensor], pictures: Sequence[PictureCrops]) -> list[Tensor]:
+        """Return the decoder's tokens of each picture, [layout.num_tokens, decoder width], as `VisionProjection`."""
+        joined = [self._join(part, picture) for part, picture in zip(seen, pictures, strict=True)]
         projected = self.image.img_projection_down(F.gelu(self.image.img_projection_up(torch.cat(joined))))
-        return list(projected.split([len(part) for part in joined]))
+        return list(torch.split(projected, [len(part) for part in joined]))
 
     def _join(self, features: Tensor, picture: PictureCrops) -> Tensor:
         """Return one picture's rows, each with its separator, the grid before the whole."""
@@ -119,7 +122,9 @@ class Network:
         grid = grid.reshape(layout.rows * side, layout.columns * side, width)
         seen = grid[: layout.token_rows, : layout.token_columns]
         row_end = self.image.sub_img_feature_extensor[0]
-        parts = [torch.cat([rows, row_end.expand(len(rows), 1, width)], 1).flatten(0, 1) for rows in (seen, features[0])]
+        parts = [
+            torch.cat([rows, row_end.expand(len(rows), 1, width)], 1).flatten(0, 1) for rows in (seen, features[0])
+        ]
         return torch.cat([parts[0], self.image.global_img_feature_extensor[0], parts[1]])
 
     def loss(self, rows: Sequence[Row], adapter: AdapterName | None, *, has_prompt: bool = False) -> Loss:
@@ -153,7 +158,9 @@ class Network:
             (self._picture_token, [row.pictures for row in rows if row.pictures is not None]),
         ):
             if found:
-                embedded = embedded.index_put(torch.nonzero(ids == token, as_tuple=True), torch.cat(found).to(embedded.dtype))
+                embedded = embedded.index_put(
+                    torch.nonzero(ids == token, as_tuple=True), torch.cat(found).to(embedded.dtype)
+                )
         arguments = {"inputs_embeds": embedded, "use_cache": False}
         inner = self.nano.model.model
         weights = adapter.merged(self.nano.model) if adapter else {}

@@ -208,7 +208,7 @@ class Teaching:
                 hearing.set_normalisation()
             return hearing
         if self._stage == 2:
-            return Seeing(self._network, self._teacher)
+            return Seeing(self._network, self._teacher, self._seed)
         questions = [clip for clip in self._spoken() if clip.text.endswith("?")]
         spoken = SpokenQuestions(self._network, self._teacher, questions, self._seed)
         if self._step == 0:
@@ -253,14 +253,16 @@ class Teaching:
         if state is None or state["optimiser"] is None:
             return
         optimiser.load_state_dict(state["optimiser"])
+        if isinstance(steps, Seeing):
+            steps.matcher.load_state_dict(state["aside"])
         if isinstance(steps, Hearing):
-            steps.speller.load_state_dict(state["speller"])
+            steps.speller.load_state_dict(state["aside"])
             for clip, ends in zip(steps.clips, state["ends"], strict=True):
                 clip.ends = tuple(ends)
 
     def _save(self, optimiser: torch.optim.Optimizer | None) -> None:
         """Write all that is needed to go on, at once or not at all."""
-        state = {
+        state: dict[str, Any] = {
             "format": _FORMAT,
             "seed": self._seed,
             "budget": self._budget,
@@ -271,8 +273,10 @@ class Teaching:
             "optimiser": optimiser.state_dict() if optimiser else None,
         }
         if isinstance(self._steps, Hearing):
-            state["speller"] = self._steps.speller.state_dict()
+            state["aside"] = self._steps.speller.state_dict()
             state["ends"] = [list(clip.ends) for clip in self._steps.clips]
+        if isinstance(self._steps, Seeing):
+            state["aside"] = self._steps.matcher.state_dict()
         new = self._folder / f"{_STATE}.new"
         torch.save(state, new)
         os.replace(new, self._folder / _STATE)  # noqa: PTH105 - replaces at once
