@@ -35,8 +35,7 @@ DEMO_SETTINGS = (
     "decoder.slot_tokens=1024",
     "decoder.scheduler.num_slots=8",
 )
-"""Instead of those of configs/phi4.yaml: one stream, and products so small that a second thread costs more than it gives.
-"""
+"""Instead of those of configs/phi4.yaml: one stream, and products too small for a second thread."""
 
 LANGUAGE = "en"
 SUMMARY_MINUTES = 0.25
