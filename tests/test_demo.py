@@ -112,8 +112,8 @@ def translation(of: FinalRecord, text: str) -> TranslationRecord:
 
 def summary(first: int, last: int, text: str, scope: str = "rolling") -> SummaryRecord:
     return SummaryRecord.model_validate(
-        {"stream": "s", "start_ms": 0, "end_ms": 9_000, "text": text, "scope": scope, "language": "en", "tier": "phi4"}
-        | {"covers_from": first, "covers_to": last}
+        {"stream": "s", "start_ms": HEARD[first - 1].start_ms, "end_ms": HEARD[last - 1].end_ms, "text": text}
+        | {"scope": scope, "language": "en", "tier": "phi4", "covers_from": first, "covers_to": last}
     )
 
 
@@ -163,9 +163,15 @@ def test_sentences_in_one_final_and_a_sentence_in_two_are_put_together() -> None
     parts = [final(2, 5_900, 6_900, "The left door"), final(3, 6_900, 8_100, "is now open.")]
     texts = {1: f"{PUMP.translation} {END.translation}", 2: "Die linke Tür", 3: "ist jetzt offen."}
     records = [joined, *parts, *(translation(one, texts[one.sequence]) for one in (joined, *parts))]
-    rows = judge(STORY, [*records, summary(1, 1, "Pump three was hot.")], "")
+    rows = judge(STORY, [*records, summary(1, 2, "Pump three was hot.")], "")
     assert [row.expected for row in rows[:2]] == [f"{PUMP.text} {END.text}", DOOR.text]
     assert all(row.is_right and row.is_translation_right for row in rows[:3])
+
+
+def test_a_sentence_that_was_not_heard_is_still_to_be_summarised() -> None:
+    rows = judge(STORY, [HEARD[0].model_copy(update={"text": ""}), summary(1, 1, "No trouble.")], "")
+    assert ("speech", PUMP.text, "") in wrong(rows)
+    assert ("summary", "Pump three is hot.", "No trouble.") in wrong(rows)
 
 
 def test_what_nobody_said_is_wrong() -> None:

@@ -27,8 +27,15 @@ from pipeline.teach.world import SECOND_LANGUAGE, WORDS
 from pipeline.text.captions import short_clock
 
 NANO = PHI4_NANO.name
-DEMO_SETTINGS = ("summary.method=generated",)
-"""Above those of configs/phi4.yaml."""
+DEMO_SETTINGS = (
+    "summary.method=generated",
+    "model.device=cpu",
+    "model.encoder_threads=1",
+    "model.decoder_threads=1",
+    "decoder.slot_tokens=1024",
+    "decoder.scheduler.num_slots=8",
+)
+"""Instead of those of configs/phi4.yaml: one stream, and products too small for a second thread."""
 
 LANGUAGE = "en"
 SUMMARY_MINUTES = 0.25
@@ -171,7 +178,7 @@ def _verdicts(row: Row) -> list[tuple[str, bool]]:
 def _verdict(what: str, found: str, *, is_right: bool) -> str:
     if is_right and what != "German":
         return f"{what} right"
-    return f"{what} {'right' if is_right else 'WRONG'}: {found or '(nothing)'}"
+    return f"{what} {'right' if is_right else 'WRONG'}: {' '.join(found.split()) or '(nothing)'}"
 
 
 def _totals(rows: Sequence[Row]) -> list[str]:

@@ -58,11 +58,8 @@ def judge(story: Story, records: Iterable[BaseRecord], answer: str) -> list[Row]
     """Return what became of all that was said and shown, and of the question, in that order."""
     records = list(records)
     finals = [record for record in records if isinstance(record, FinalRecord) and record.text.strip()]
-    stretches = _stretches(story.said, finals)
-    rows = _speech_rows(stretches, records)
-    for summary in records:
-        if isinstance(summary, SummaryRecord):
-            rows.append(_summary_row(summary, stretches))
+    rows = _speech_rows(_stretches(story.said, finals), records)
+    rows += [_summary_row(record, story.said) for record in records if isinstance(record, SummaryRecord)]
     rows += _scene_rows(story, [record for record in records if isinstance(record, SceneRecord)])
     return [*rows, Row("question", story.shown[-1].start_ms, story.question.answer, answer.strip())]
 
@@ -105,13 +102,9 @@ def _speech_rows(stretches: Iterable[_Stretch], records: Iterable[BaseRecord]) -
     ]
 
 
-def _summary_row(summary: SummaryRecord, stretches: Iterable[_Stretch]) -> Row:
-    covered = [
-        one.saying
-        for stretch in stretches
-        if any(summary.covers_from <= final.sequence <= summary.covers_to for final in stretch.finals)
-        for one in stretch.said
-    ]
+def _summary_row(summary: SummaryRecord, said: Iterable[Said]) -> Row:
+    # By time: a sentence of which nothing was heard counts too.
+    covered = [one.saying for one in said if one.start_ms < summary.end_ms and summary.start_ms < one.end_ms]
     kind: Kind = "closing" if summary.scope == "closing" else "summary"
     return Row(kind, summary.end_ms, summary_of(covered), summary.text.strip())
 
