@@ -29,6 +29,7 @@ from pipeline.models.phi4.siglip import SiglipEncoder, VisionProjection
 from pipeline.models.phi4.tokenizer import Phi4Tokenizer
 from pipeline.models.weights import ModelParams
 from pipeline.teach.clips import Clip, Distortion, draw_spoken, joined
+from pipeline.teach.gallery import SIZES_PX, Gallery, show
 from pipeline.teach.hearing import Hearing
 from pipeline.teach.language import (
     draw_frames,
@@ -42,7 +43,6 @@ from pipeline.teach.language import (
 from pipeline.teach.lessons import Teacher
 from pipeline.teach.model import MAX_TOKENS, Nano, instructions, make_tokenizer, new_model, save_checkpoint
 from pipeline.teach.network import Network, Row
-from pipeline.teach.seeing import SIZES_PX, show
 from pipeline.teach.stages import STAGES, STATE_FOLDER, Report, Teaching
 from pipeline.teach.world import SECOND_LANGUAGE, WORDS, draw_saying, is_held_out
 from pipeline.vision.frames_to_embeddings import FramesToEmbeddings
@@ -173,7 +173,7 @@ def test_pictures_are_seen_as_the_service_sees_them(stored: Nano, folder: Path) 
     network, rng = Network(stored), random.Random(3)
     encoder = SiglipEncoder(stored.config.vision, load_part(folder, "vision"))
     projection = VisionProjection(stored.config.vision, load_decoder(folder).image_projection)
-    pictures = [show(draw_frames(rng)[0], size_px, network, rng) for size_px in SIZES_PX]
+    pictures = [show(draw_frames(rng)[0], size_px, stored.config.vision, rng) for size_px in SIZES_PX]
     assert {picture.layout.num_crops for picture in pictures} == {2, 3, 5, 7}
     with torch.no_grad():
         seen = network.look(pictures)
@@ -238,6 +238,21 @@ def test_a_distorted_sound_is_another_one_and_repeatable() -> None:
     untouched, before, stretch = distortion(clip.features, random.Random(1), strength=0.0)
     assert torch.equal(untouched, clip.features.float())
     assert (before, stretch) == (0, 1.0)
+
+
+def test_a_gallery_depends_on_its_seed_and_the_step_alone(nano: Nano) -> None:
+    config, size_px = nano.config.vision, SIZES_PX[0]
+    first, second, other = (Gallery(config, seed) for seed in (1, 1, 2))
+    for _ in range(30):
+        first.draw(5, size_px, random.Random(99))
+    drawn = [gallery.draw(40, size_px, random.Random(3)) for gallery in (first, second, other)]
+    assert drawn[0][0] == drawn[1][0]
+    assert torch.equal(drawn[0][1].pixels, drawn[1][1].pixels)
+    assert not torch.equal(drawn[0][1].pixels, drawn[2][1].pixels)
+    assert not is_held_out(drawn[0][0].description)
+    # What is there at a step is gone some hundred steps later.
+    early, late = ({first.draw(step, size_px, random.Random(i))[0] for i in range(40)} for step in (0, 2_000))
+    assert len(early & late) < len(early) / 2
 
 
 def test_clips_are_joined_with_pauses() -> None:

@@ -97,8 +97,9 @@ class Hearing:
         found |= {f"speller.{name}": value for name, value in self.speller.named_parameters()}
         return found | {f"speech:{key}": value for key, value in self._network.nano.adapters["speech"].tensors.items()}
 
-    def step(self, rng: random.Random, progress: float) -> tuple[Tensor, dict[str, float], int]:
+    def step(self, number: int, rng: random.Random, progress: float) -> tuple[Tensor, dict[str, float], int]:
         """Return the loss of one step, what to tell of it, and how many tokens it had."""
+        del number
         draw = rng.random() if progress > _SENTENCES_ALONE else 1.0
         if draw < _SUMMARY_SHARE:
             return self._joined_step(rng, is_summary=True)

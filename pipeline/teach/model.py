@@ -62,6 +62,7 @@ _WIDTH, _NUM_HEADS, _NUM_KV_HEADS = 192, 6, 2
 
 _RANKS: dict[AdapterName, int] = {"speech": 24, "vision": 16}
 _EMBEDDING_SPREAD = 0.05
+_POSITION_SPREAD = 0.3  # of about what the patches have: what is where must not drown
 _SEPARATOR_SPREAD = 0.02
 _RECTIFIED_GAIN = 2.0
 
@@ -254,7 +255,9 @@ def _spread(name: str, parameter: Tensor) -> float | None:
         return 0.0
     if "embed_tokens.weight" in name:
         return _EMBEDDING_SPREAD
-    if name.endswith(("bias_values.weight", "position_embedding.weight", "extensor")):
+    if name.endswith("position_embedding.weight"):
+        return _POSITION_SPREAD
+    if name.endswith(("bias_values.weight", "extensor")):
         return _SEPARATOR_SPREAD
     gain = _RECTIFIED_GAIN if "embed.conv" in name else 1.0
     return math.sqrt(gain / math.prod(parameter.shape[1:]))

@@ -21,47 +21,25 @@ from torch import Tensor, nn
 
 from pipeline.models.phi4.audio_features import AudioFeatures
 from pipeline.models.phi4.conformer import Projector
-from pipeline.models.phi4.crops import PictureCrops, cut_crops
+from pipeline.models.phi4.crops import PictureCrops
 from pipeline.teach.clips import Clip, Distortion
+from pipeline.teach.gallery import NUM_SMALL, SIZES_PX, Gallery, show
 from pipeline.teach.grammar import COLOURS, SHAPES, SIDES
 from pipeline.teach.language import ANSWER, description, draw_frames
 from pipeline.teach.lessons import Lesson, Teacher
 from pipeline.teach.network import Network, Row
-from pipeline.teach.pictures import draw_picture
-from pipeline.teach.world import MAX_ELEMENTS, Scene, draw_question, draw_scene
-from pipeline.vision.crop_layout import plan_live_crops
+from pipeline.teach.world import Scene, draw_question
 
-MAX_CROPS = 6
-"""Crops of a picture beside the one of the whole, as `VisionParams` has them."""
-
-SIZES_PX = ((112, 112), (224, 112), (224, 224), (336, 224), (320, 240), (320, 180), (640, 360), (640, 480))
-"""Widths and heights of pictures, from small to large."""
-_MATCHING_SHARE, _READING_SHARE = 0.3, 0.4
+_MATCHING_SHARE, _READING_SHARE = 0.4, 0.46
 """Of the stage: until when only things are matched, and until when the vision encoder is left as it is."""
 _MATCHING_WEIGHT = 0.03
 _FIRST_BIAS = -8.0  # of one position: the loss sums over all of a picture, and most things are not in it
-_NUM_SMALL = 3
 _SMALL_SHARE = 0.15  # of the stage in which only small ones are shown
-_BATCH_CROPS = 64
+_BATCH_CROPS = (32, 64)  # of a step, while things are matched and later: many small steps find them sooner
 _MAX_PICTURES = 24
-_FEW_SHARE = 0.15  # of the stage in which the elements of a picture grow from one to all
 _SEVERAL_SHARE, _ASKED_SHARE, _SEVERAL_FROM = 0.2, 0.35, 0.5
 _SPOKEN_SHARE = 0.6
 _WEIGHT_OF_SMALL, _WEIGHT_OF_LARGE = 1, 2
-
-
-def show(scene: Scene, size_px: tuple[int, int], network: Network, rng: random.Random) -> PictureCrops:
-    """Return a picture of `scene`, made smaller and cut as a live frame is."""
-    width_px, height_px = size_px
-    vision = network.nano.config.vision
-    pixels = torch.from_numpy(draw_picture(scene, width_px, height_px, rng))
-    layout = plan_live_crops(width_px, height_px, vision.crop_size, vision.patch_size, MAX_CROPS)
-    if (layout.width_px, layout.height_px) != size_px and layout.width_px < width_px:
-        resized = F.interpolate(
-            pixels.permute(2, 0, 1)[None], (layout.height_px, layout.width_px), mode="bilinear", antialias=True
-        )
-        pixels = resized[0].permute(1, 2, 0).contiguous()
-    return cut_crops(pixels, vision, MAX_CROPS)
 
 
 _THINGS: tuple[str, ...] = (
@@ -69,6 +47,7 @@ _THINGS: tuple[str, ...] = (
     *(f"{place} {digit}" for place in ("first", "second") for digit in range(10)),
     *("gauge high", "gauge low", "door open", "door closed", "person inside", "person outside"),
 )
+_IS_SIDE = [thing in SIDES for thing in _THINGS]
 _THING = {thing: index for index, thing in enumerate(_THINGS)}
 
 
@@ -100,12 +79,14 @@ class Seeing:
 
     def __init__(self, network: Network, teacher: Teacher, seed: int) -> None:
         self._network, self._teacher = network, teacher
-        width = network.nano.config.vision.width
-        self.matcher = nn.Linear(width, len(_THINGS))
+        config = network.nano.config.vision
+        self._gallery = Gallery(config, seed)
+        layer = nn.Linear(config.width, len(_THINGS))
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
-            self.matcher.weight.copy_(torch.randn(self.matcher.weight.shape, generator=generator) / width**0.5)
-            self.matcher.bias.fill_(_FIRST_BIAS)
+            layer.weight.copy_(torch.randn(layer.weight.shape, generator=generator) / config.width**0.5)
+            layer.bias.fill_(_FIRST_BIAS)
+        self.matcher = nn.Sequential(nn.LayerNorm(config.width), layer)
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Return what learns, by name."""
@@ -113,9 +94,9 @@ class Seeing:
         found |= {f"matcher.{name}": value for name, value in self.matcher.named_parameters()}
         return found | {f"vision:{key}": value for key, value in self._network.nano.adapters["vision"].tensors.items()}
 
-    def step(self, rng: random.Random, progress: float) -> tuple[Tensor, dict[str, float], int]:
+    def step(self, number: int, rng: random.Random, progress: float) -> tuple[Tensor, dict[str, float], int]:
         """Return the loss of one step, what to tell of it, and how many tokens it had."""
-        looks = self._draw_looks(rng, progress)
+        looks = self._draw_looks(number, rng, progress)
         is_reading = _MATCHING_SHARE <= progress < _READING_SHARE
         with torch.set_grad_enabled(not is_reading):
             seen = self._network.look([picture for look in looks for picture in look.pictures])
@@ -132,32 +113,40 @@ class Seeing:
         wanted = torch.zeros(len(scenes), len(_THINGS))
         for index, scene in enumerate(scenes):
             wanted[index, things_in(scene)] = 1.0
-        found = torch.stack([torch.logsumexp(self.matcher(part.flatten(0, 2)), 0) for part in seen])
+        logits = [self.matcher(part) for part in seen]
+        found = torch.stack([torch.logsumexp(part.flatten(0, 2), 0) for part in logits])
+        # A crop of the grid does not know on which side of the whole it is.
+        whole = torch.stack([torch.logsumexp(part[0].flatten(0, 1), 0) for part in logits])
+        found = torch.where(torch.tensor(_IS_SIDE), whole, found)
         return F.binary_cross_entropy_with_logits(found, wanted, reduction="sum") / len(scenes)
 
-    def _draw_looks(self, rng: random.Random, progress: float) -> list[Look]:
+    def _draw_looks(self, number: int, rng: random.Random, progress: float) -> list[Look]:
         """Return descriptions and typed questions, each with its pictures; those of a step are of one size."""
         is_early = progress < _SMALL_SHARE
-        weights = [_WEIGHT_OF_SMALL] * _NUM_SMALL + [_WEIGHT_OF_LARGE] * (len(SIZES_PX) - _NUM_SMALL)
-        size_px = rng.choice(SIZES_PX[:_NUM_SMALL]) if is_early else rng.choices(SIZES_PX, weights)[0]
-        has_several = not is_early and progress > _SEVERAL_FROM and rng.random() < _SEVERAL_SHARE
+        weights = [_WEIGHT_OF_SMALL] * NUM_SMALL + [_WEIGHT_OF_LARGE] * (len(SIZES_PX) - NUM_SMALL)
+        size_px = rng.choice(SIZES_PX[:NUM_SMALL]) if is_early else rng.choices(SIZES_PX, weights)[0]
+        has_several = progress > _SEVERAL_FROM and rng.random() < _SEVERAL_SHARE
+        max_crops = _BATCH_CROPS[progress >= _MATCHING_SHARE]
         looks: list[Look] = []
         num_crops = num_pictures = 0
-        while num_crops < _BATCH_CROPS and num_pictures < _MAX_PICTURES:
-            if has_several:
-                scenes = draw_frames(rng)
-                lesson = description(scenes)
-            else:
-                scenes = (_draw_scene(rng, progress),)
-                lesson = description(scenes)
-                if rng.random() < _ASKED_SHARE:
-                    question = draw_question(rng, scenes[0])
-                    lesson = Lesson(ANSWER, question.answer, text=question.text)
-            pictures = [show(scene, size_px, self._network, rng) for scene in scenes]
-            looks.append(Look(lesson, pictures, scenes))
-            num_crops += sum(picture.layout.num_crops for picture in pictures)
-            num_pictures += len(pictures)
+        while num_crops < max_crops and num_pictures < _MAX_PICTURES:
+            look = self._draw_several(size_px, rng) if has_several else self._draw_one(number, size_px, rng)
+            looks.append(look)
+            num_crops += sum(picture.layout.num_crops for picture in look.pictures)
+            num_pictures += len(look.pictures)
         return looks
+
+    def _draw_one(self, number: int, size_px: tuple[int, int], rng: random.Random) -> Look:
+        scene, picture = self._gallery.draw(number, size_px, rng)
+        lesson = description([scene])
+        if rng.random() < _ASKED_SHARE:
+            question = draw_question(rng, scene)
+            lesson = Lesson(ANSWER, question.answer, text=question.text)
+        return Look(lesson, [picture], (scene,))
+
+    def _draw_several(self, size_px: tuple[int, int], rng: random.Random) -> Look:
+        scenes, config = draw_frames(rng), self._network.nano.config.vision
+        return Look(description(scenes), [show(scene, size_px, config, rng) for scene in scenes], scenes)
 
     def _rows(self, looks: Sequence[Look], seen: Sequence[Tensor], sounds: Sequence[Tensor | None]) -> list[Row]:
         pictures = [picture for look in looks for picture in look.pictures]
@@ -170,15 +159,6 @@ class Seeing:
             positions = torch.cat([next(projected) for _ in layouts])
             rows.append(Row(tokens, num_prompt_tokens, sound=sound, pictures=positions))
         return rows
-
-
-def _draw_scene(rng: random.Random, progress: float) -> Scene:
-    """Return a scene with few elements at first: what is alone in a picture is found sooner."""
-    most = 1 + int(MAX_ELEMENTS * progress / _FEW_SHARE)
-    while True:
-        scene = draw_scene(rng, held_out=False)
-        if len(scene.elements) <= most:
-            return scene
 
 
 class SpokenQuestions(Seeing):
@@ -204,14 +184,17 @@ class SpokenQuestions(Seeing):
         found = {f"audio.{name}": value for name, value in audio.named_parameters() if "for_vision_speech" in name}
         return found | super().parameters()
 
-    def step(self, rng: random.Random, progress: float) -> tuple[Tensor, dict[str, float], int]:
+    def step(self, number: int, rng: random.Random, progress: float) -> tuple[Tensor, dict[str, float], int]:
         """Return the loss of one step, what to tell of it, and how many tokens it had."""
         del progress
-        looks = self._draw_looks(rng, 1.0)
+        looks = self._draw_looks(number, rng, 1.0)
         clips: dict[int, Clip] = {}
         for index, look in enumerate(looks):
             if len(look.pictures) == 1 and rng.random() < _SPOKEN_SHARE:
-                looks[index], clips[index] = self._draw_spoken(rng, look.pictures[0])
+                question = draw_question(rng, look.scenes[0])
+                if question.text in self._clips:
+                    looks[index] = Look(Lesson(ANSWER, question.answer), look.pictures, look.scenes)
+                    clips[index] = rng.choice(self._clips[question.text])
         sounds: list[Tensor | None] = [None] * len(looks)
         if clips:
             with torch.no_grad():
@@ -224,14 +207,3 @@ class SpokenQuestions(Seeing):
         seen = self._network.look([picture for look in looks for picture in look.pictures])
         answered = self._network.loss(self._rows(looks, seen, sounds), "vision")
         return answered.answer, {"answers": answered.answer.item()}, answered.num_tokens
-
-    def _draw_spoken(self, rng: random.Random, picture: PictureCrops) -> tuple[Look, Clip]:
-        """Return a spoken question about a picture of the size of `picture`."""
-        while True:
-            scene = draw_scene(rng, held_out=False)
-            question = draw_question(rng, scene)
-            if question.text in self._clips:
-                break
-        size_px = (picture.layout.width_px, picture.layout.height_px)
-        shown = show(scene, size_px, self._network, rng)
-        return Look(Lesson(ANSWER, question.answer), [shown], (scene,)), rng.choice(self._clips[question.text])

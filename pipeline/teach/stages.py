@@ -50,7 +50,7 @@ class Steps(Protocol):
         """Return what learns, by name."""
         ...
 
-    def step(self, rng: random.Random, progress: float) -> tuple[Tensor, dict[str, float], int]:
+    def step(self, number: int, rng: random.Random, progress: float) -> tuple[Tensor, dict[str, float], int]:
         """Return the loss of one step, what to tell of it, and how many tokens it had."""
         ...
 
@@ -66,9 +66,9 @@ class Reading:
         model = self._network.nano.model
         return {name: value for name, value in model.named_parameters() if "embed_tokens_extend" not in name}
 
-    def step(self, rng: random.Random, progress: float) -> tuple[Tensor, dict[str, float], int]:
+    def step(self, number: int, rng: random.Random, progress: float) -> tuple[Tensor, dict[str, float], int]:
         """Return the loss of one step, what to tell of it, and how many tokens it had."""
-        del progress
+        del number, progress
         rows = [draw_row(rng, self._teacher) for _ in range(_ROWS_PER_STEP * _STEPS_PER_POOL)]
         # Rows of about one length, so that little of a batch is padding.
         rows.sort(key=lambda row: len(row.tokens))
@@ -91,7 +91,7 @@ class Stage:
 STAGES = (
     Stage("language", 0.08, 2e-3),
     Stage("hearing", 0.57, 1e-3),
-    Stage("seeing", 0.22, 1.5e-3),
+    Stage("seeing", 0.22, 2e-3),
     Stage("spoken questions", 0.13, 5e-4),
 )
 
@@ -185,7 +185,7 @@ class Teaching:
             for group in optimiser.param_groups:
                 group["lr"] = rate * max(_LEAST_SHARE, 0.5 + 0.5 * math.cos(math.pi * max(0.0, progress)))
             rng = random.Random(f"{self._seed}/{stage.name}/{self._step}")  # noqa: S311 - repeatable on purpose
-            loss, told, num_tokens = steps.step(rng, max(0.0, progress))
+            loss, told, num_tokens = steps.step(self._step, rng, max(0.0, progress))
             optimiser.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
             nn.utils.clip_grad_norm_(parameters.values(), _MAX_NORM)
