@@ -24,18 +24,10 @@ class Metrics:
         self.nonfinite_samples = self._counter(
             "surtitle_nonfinite_samples", "NaN and infinite samples, taken as zero, of media heard to their end"
         )
-        self.records = Counter(
-            "surtitle_records", "Records handed to the publisher, by kind", ["kind"], registry=self.registry
-        )
-        self.guards = Counter(
-            "surtitle_guards_fired", "Hypotheses that a guard cut or emptied", ["guard"], registry=self.registry
-        )
-        self.snapshots = Counter(
-            "surtitle_snapshots", "Snapshots submitted to the stages", ["kind"], registry=self.registry
-        )
-        self.failures = Counter(
-            "surtitle_failures", "Snapshots or tasks without a hypothesis", ["kind"], registry=self.registry
-        )
+        self.records = self._counter("surtitle_records", "Records handed to the publisher, by kind", "kind")
+        self.guards = self._counter("surtitle_guards_fired", "Hypotheses that a guard cut or emptied", "guard")
+        self.snapshots = self._counter("surtitle_snapshots", "Snapshots submitted to the stages", "kind")
+        self.failures = self._counter("surtitle_failures", "Snapshots or tasks without a hypothesis", "kind")
         self.superseded = self._counter("surtitle_superseded", "Partials overtaken before they were sent")
         self.retries = self._counter("surtitle_retries", "Finals submitted again after a stage was lost")
         self.stage_losses = self._counter("surtitle_stage_losses", "Calls lost with a stage")
@@ -47,11 +39,11 @@ class Metrics:
             "surtitle_encode_ms", "One encoder call, its wait for the call before it included"
         )
         self.decode_ms = self._histogram("surtitle_decode_ms", "From the end of encoding to each outcome")
-        self.jobs = Counter(
+        self.jobs = self._counter(
             "surtitle_jobs",
             "Descriptions, summaries and answers that are over, by what came of them",
-            ["kind", "outcome"],
-            registry=self.registry,
+            "kind",
+            "outcome",
         )
         self.keyframes_dropped = self._counter(
             "surtitle_keyframes_dropped", "Keyframes that nobody looked at because a newer one came first"
@@ -125,8 +117,8 @@ class Metrics:
         """Drop what is remembered of a stream that has ended."""
         self._last_end_ms.pop(stream_id, None)
 
-    def _counter(self, name: str, help_text: str) -> Counter:
-        return Counter(name, help_text, registry=self.registry)
+    def _counter(self, name: str, help_text: str, *labels: str) -> Counter:
+        return Counter(name, help_text, labels, registry=self.registry)
 
     def _histogram(self, name: str, help_text: str) -> Histogram:
         return Histogram(name, help_text, buckets=_LATENCY_MS, registry=self.registry)
