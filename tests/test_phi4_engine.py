@@ -451,6 +451,16 @@ def test_a_bad_context_fails_alone_with_what_is_wrong(asked: dict[str, Asked], p
     assert [content(o) for o in others] == [content(o) for o in answer(engine_of(parts), good)]
 
 
+def test_requests_of_every_kind_are_answered_in_bfloat16(model: ModelParams, asked: dict[str, Asked]) -> None:
+    rough = load_parts(model.model_copy(update={"final_dtype": "bfloat16"}), decoder_params())
+    assert (rough.runner.partial_dtype, rough.runner.final_dtype) == ("bfloat16", "bfloat16")
+    engine = engine_of(rough)
+    for kind, item in asked.items():
+        outcomes = answer(engine, item)
+        assert [outcome.task for outcome in outcomes] == list(item.request.tasks), kind
+        assert all(isinstance(outcome, Hypothesis) for outcome in outcomes), outcomes
+
+
 def test_no_slot_stays_open(asked: dict[str, Asked], parts: DecoderParts) -> None:
     engine = engine_of(parts)
     for kind in KINDS:

@@ -185,7 +185,7 @@ class Phi4Runner:
         with torch.inference_mode():
             if sound is not None:
                 # Copied: what arrives from another process may be read-only, which torch warns of.
-                values = torch.tensor(sound.values, device=self.decoder.device)
+                values = torch.tensor(sound.values, device=self.decoder.device, dtype=self.decoder.dtype)
                 positions[self._config.audio.placeholder_token] = self._projections.audio(values, projector)
             if pictures is not None:
                 project = self._projections.vision
