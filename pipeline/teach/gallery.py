@@ -22,9 +22,9 @@ SIZES_PX = ((112, 112), (224, 112), (224, 224), (320, 240), (336, 189), (640, 36
 """Widths and heights of pictures, from small to large."""
 NUM_SMALL = 3
 
-_NUM_OPEN = 150  # pictures of one size that are looked at
-_NEW_EACH_STEP = 0.6  # of one size: each is looked at about four times
-_NUM_KEPT = len(SIZES_PX) * 2 * _NUM_OPEN
+_NUM_OPEN, _NEW_EACH_STEP = 150, 0.6  # pictures of one size that are there at a time: each is seen about four times
+_NUM_SMALLEST_OPEN, _SMALLEST_NEW_EACH_STEP = 600, 8.0  # the same where all of a step's have the smallest size
+_NUM_KEPT = len(SIZES_PX) * _NUM_OPEN
 
 
 def show(scene: Scene, size_px: tuple[int, int], config: VisionConfig, rng: random.Random) -> PictureCrops:
@@ -54,15 +54,22 @@ class Gallery:
         self._config, self._seed = config, seed
         self._kept: OrderedDict[tuple[int, int, int], Hung] = OrderedDict()
 
+    def draw_smallest(self, number: int, rng: random.Random) -> tuple[Scene, PictureCrops]:
+        """Return one of the smallest pictures that are there at step `number`, without its grid, which is the whole."""
+        index = int(number * _SMALLEST_NEW_EACH_STEP) + rng.randrange(_NUM_SMALLEST_OPEN)
+        scene, crops = self._take((*SIZES_PX[0], index))
+        return scene, PictureCrops(crops.layout, crops.pixels[:1], crops.mask[:1])
+
     def draw(self, number: int, size_px: tuple[int, int], rng: random.Random) -> tuple[Scene, PictureCrops]:
         """Return one of the pictures of that size that are there at step `number`."""
-        index = int(number * _NEW_EACH_STEP) + rng.randrange(_NUM_OPEN)
-        key = (*size_px, index)
+        return self._take((*size_px, int(number * _NEW_EACH_STEP) + rng.randrange(_NUM_OPEN)))
+
+    def _take(self, key: tuple[int, int, int]) -> tuple[Scene, PictureCrops]:
         found = self._kept.pop(key, None)
         if found is None:
             own = random.Random(f"{self._seed}/picture/{key}")  # noqa: S311 - repeatable on purpose
             scene = draw_scene(own, held_out=False)
-            crops = show(scene, size_px, self._config, own)
+            crops = show(scene, key[:2], self._config, own)
             found = Hung(scene, PictureCrops(crops.layout, crops.pixels.half(), crops.mask))
             if len(self._kept) >= _NUM_KEPT:
                 self._kept.popitem(last=False)

@@ -107,7 +107,7 @@ class Network:
         side = config.crop_size // config.patch_size
         square = h.transpose(1, 2).reshape(len(h), -1, side, side)
         features = F.avg_pool2d(square, _POOLED).permute(0, 2, 3, 1)
-        return list(torch.split(features, [picture.layout.num_crops for picture in pictures]))
+        return list(torch.split(features, [len(picture.pixels) for picture in pictures]))
 
     def project_pictures(self, seen: Sequence[Tensor], pictures: Sequence[PictureCrops]) -> list[Tensor]:
         """Return the decoder's tokens of each picture, [layout.num_tokens, decoder width], as `VisionProjection`."""

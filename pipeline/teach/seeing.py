@@ -30,12 +30,14 @@ from pipeline.teach.lessons import Lesson, Teacher
 from pipeline.teach.network import Network, Row
 from pipeline.teach.world import Scene, draw_question
 
-_MATCHING_SHARE, _READING_SHARE = 0.4, 0.46
-"""Of the stage: until when only things are matched, and until when the vision encoder is left as it is."""
+_SMALLEST_SHARE, _MATCHING_SHARE, _READING_SHARE = 0.25, 0.33, 0.4
+"""Of the stage: until when things are matched in the smallest pictures and in all, and until when the encoder rests.
+
+At one size things are found in a minute; at all of them, to begin with, not in four."""
+_BATCH_SMALLEST = 32
 _MATCHING_WEIGHT = 0.03
-_FIRST_BIAS = -8.0  # of one position: the loss sums over all of a picture, and most things are not in it
-_SMALL_SHARE = 0.15  # of the stage in which only small ones are shown
-_BATCH_CROPS = (32, 64)  # of a step, while things are matched and later: many small steps find them sooner
+_FIRST_BIAS = -6.0  # of one position: the loss sums over all of a picture, and most things are not in it
+_BATCH_CROPS = 64
 _MAX_PICTURES = 24
 _SEVERAL_SHARE, _ASKED_SHARE, _SEVERAL_FROM = 0.2, 0.35, 0.5
 _SPOKEN_SHARE = 0.6
@@ -96,6 +98,11 @@ class Seeing:
 
     def step(self, number: int, rng: random.Random, progress: float) -> tuple[Tensor, dict[str, float], int]:
         """Return the loss of one step, what to tell of it, and how many tokens it had."""
+        if progress < _SMALLEST_SHARE:
+            shown = [self._gallery.draw_smallest(number, rng) for _ in range(_BATCH_SMALLEST)]
+            seen = self._network.look([picture for _, picture in shown])
+            things = self._match(seen, [scene for scene, _ in shown])
+            return things, {"things": things.item()}, sum(part.shape[:-1].numel() for part in seen)
         looks = self._draw_looks(number, rng, progress)
         is_reading = _MATCHING_SHARE <= progress < _READING_SHARE
         with torch.set_grad_enabled(not is_reading):
@@ -122,14 +129,12 @@ class Seeing:
 
     def _draw_looks(self, number: int, rng: random.Random, progress: float) -> list[Look]:
         """Return descriptions and typed questions, each with its pictures; those of a step are of one size."""
-        is_early = progress < _SMALL_SHARE
         weights = [_WEIGHT_OF_SMALL] * NUM_SMALL + [_WEIGHT_OF_LARGE] * (len(SIZES_PX) - NUM_SMALL)
-        size_px = rng.choice(SIZES_PX[:NUM_SMALL]) if is_early else rng.choices(SIZES_PX, weights)[0]
+        size_px = rng.choices(SIZES_PX, weights)[0]
         has_several = progress > _SEVERAL_FROM and rng.random() < _SEVERAL_SHARE
-        max_crops = _BATCH_CROPS[progress >= _MATCHING_SHARE]
         looks: list[Look] = []
         num_crops = num_pictures = 0
-        while num_crops < max_crops and num_pictures < _MAX_PICTURES:
+        while num_crops < _BATCH_CROPS and num_pictures < _MAX_PICTURES:
             look = self._draw_several(size_px, rng) if has_several else self._draw_one(number, size_px, rng)
             looks.append(look)
             num_crops += sum(picture.layout.num_crops for picture in look.pictures)
