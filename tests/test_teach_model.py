@@ -333,6 +333,16 @@ def test_an_interrupted_teaching_ends_as_one_that_was_not(
     assert [key for key, value in resumed.nano.state().items() if not torch.equal(value, expected[key])] == []
 
 
+def test_what_is_learned_does_not_depend_on_how_many_threads_there_are(
+    taught: tuple[Path, Teaching, list[Report]], tmp_path: Path
+) -> None:
+    _, whole, reports = taught
+    alone = Teaching(tmp_path, 1, NUM_STEPS, ticking(), spoken_clips, num_workers=1)
+    assert list(alone.run()) == reports
+    expected = whole.nano.state()
+    assert [key for key, value in alone.nano.state().items() if not torch.equal(value, expected[key])] == []
+
+
 def test_a_teaching_that_is_done_is_done(taught: tuple[Path, Teaching, list[Report]]) -> None:
     directory, whole, _ = taught
     again = teaching(directory)

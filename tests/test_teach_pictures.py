@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import replace
 
@@ -11,12 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from pipeline.teach.grammar import COLOURS, SHAPES, SIDES
-from pipeline.teach.pictures import MIN_SIDE_PX, draw_clip, draw_picture
+from pipeline.models.phi4.config import VisionConfig
+from pipeline.teach.gallery import SIZES_PX, show
+from pipeline.teach.grammar import COLOURS, DIGITS, SHAPES, SIDES
+from pipeline.teach.pictures import MIN_SIDE_PX, Place, draw_clip, draw_picture, draw_picture_and_places
+from pipeline.teach.things import THINGS, things_in
 from pipeline.teach.world import Scene, Shape, draw_scene, draw_scene_change
 from pipeline.vision.crop_layout import plan_crops
 
-CROP, PATCH = 112, 14
+CROP, PATCH = 168, 14
+VISION = VisionConfig(96, 192, 4, 3, 4, 3, CROP, PATCH, 1e-6, 5)
 NOISE = 13
 """More than two pictures of one look can differ by noise."""
 
@@ -45,6 +50,11 @@ def lit(picture: Pixels) -> NDArray[np.bool_]:
     return picture.min(axis=2) > np.where(picture[..., 0] > 225, 165, 255)
 
 
+def rectangle(place: Place) -> tuple[slice, slice]:
+    """The rows and columns of all pixels of which a part is in `place`."""
+    return slice(int(place.top), math.ceil(place.bottom)), slice(int(place.left), math.ceil(place.right))
+
+
 @settings(max_examples=60)
 @given(seed=seeds, width_px=widths_px, height_px=heights_px)
 def test_a_picture_has_the_size_asked_for_and_depends_on_the_seed_alone(
@@ -63,7 +73,7 @@ def test_sizes_give_one_crop_and_several() -> None:
         plan_crops(width_px, height_px, CROP, PATCH).num_crops
         for width_px, height_px in ((112, 112), (224, 112), (448, 336))
     }
-    assert numbers == {2, 3, 13}
+    assert numbers == {2, 3, 7}
 
 
 @settings(max_examples=60)
@@ -103,6 +113,55 @@ def test_a_shape_is_on_its_side_in_its_colour_and_of_its_form(
         "blue": blue > 2 * max(red, green) - 20,
         "yellow": min(red, green) > 2 * blue,
     }[shape.colour]
+
+
+@settings(max_examples=60)
+@given(seed=seeds, width_px=widths_px, height_px=heights_px)
+def test_a_place_is_where_its_thing_is(seed: int, width_px: int, height_px: int) -> None:
+    scene = draw_scene(random.Random(seed))
+    picture, places = draw_picture_and_places(scene, width_px, height_px, random.Random(seed))
+    assert np.array_equal(picture, drawn(scene, width_px, height_px, seed))
+    assert set(things_in(scene)) == set(places)
+    seen = difference(picture, drawn(Scene(), width_px, height_px, seed))
+    for place in places.values():
+        # At least an outline differs from the floor.
+        assert seen[rectangle(place)].mean() > 0.1
+        seen[rectangle(place)] = False
+    # What is left is the panel around the digits.
+    assert scene.display is not None or not seen.any()
+
+
+@settings(max_examples=60)
+@given(seed=seeds, width_px=widths_px, height_px=heights_px, digits=st.lists(st.integers(0, 9), min_size=1, max_size=2))
+def test_digits_are_lit_at_their_places(seed: int, width_px: int, height_px: int, digits: list[int]) -> None:
+    scene = Scene(display=tuple(digits))
+    picture, places = draw_picture_and_places(scene, width_px, height_px, random.Random(seed))
+    is_lit = lit(picture)
+    for place in places.values():
+        assert is_lit[rectangle(place)].any()
+        is_lit[rectangle(place)] = False
+    assert len(places) == len(digits)
+    assert not is_lit.any()
+
+
+@settings(max_examples=30)
+@given(seed=seeds, size_px=st.sampled_from(SIZES_PX))
+def test_every_thing_is_at_some_position_of_the_whole_and_of_the_crops(seed: int, size_px: tuple[int, int]) -> None:
+    scene = draw_scene(random.Random(seed))
+    shown = show(scene, size_px, VISION, random.Random(seed))
+    side = VISION.crop_size // VISION.patch_size // 2
+    assert shown.things.shape == (shown.crops.layout.num_crops, side, side, len(THINGS))
+    there = {THINGS.index(thing) for things in things_in(scene).values() for thing in things}
+    sides = {THINGS.index(thing) for thing in SIDES}
+    # In the whole of several crops digits are too small.
+    unread = {THINGS.index(digit) for digit in DIGITS} if shown.crops.layout.num_crops > 2 else set()
+    assert set(shown.things[0].any(0).any(0).nonzero().flatten().tolist()) == there - unread
+    assert set(shown.things[1:].flatten(0, 2).any(0).nonzero().flatten().tolist()) == there - sides
+    if scene.shape is not None:
+        columns = shown.things[0][..., THINGS.index(scene.shape.side)].any(0).nonzero().flatten()
+        layout = shown.crops.layout
+        width = side * layout.width_px / (layout.columns * layout.crop_size)
+        assert ((columns.float().mean().item() + 0.5) / width < 0.5) == (scene.shape.side == "left")
 
 
 @settings(max_examples=60)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pipeline.teach.evaluate import Examiner
     from pipeline.teach.stages import Report, Teaching
 
-_CLIPS_PER_MINUTE, _MIN_CLIPS = 100, 100
+_CLIPS_PER_MINUTE, _MIN_CLIPS = 200, 100
 _LINE_EVERY_S = 10.0
 _ITEMS_PER_MINUTE, _MIN_ITEMS, _MAX_ITEMS = 4, 4, 100
 _STAGE_ITEMS_SHARE = 0.3  # of the items at the end, at the end of a stage
@@ -42,13 +42,14 @@ def teach(directory: Path, minutes: float, seed: int, num_threads: int) -> None:
 
     from actors.speech_tools import check_speech_tools, run_speech_tool  # noqa: PLC0415
     from pipeline.teach.evaluate import Examiner  # noqa: PLC0415
+    from pipeline.teach.learning import NUM_PARTS  # noqa: PLC0415
     from pipeline.teach.model import save_checkpoint  # noqa: PLC0415
     from pipeline.teach.stages import Teaching  # noqa: PLC0415
 
     _check_directory(directory)
     _check_installation()
     check_speech_tools()
-    torch.set_num_threads(num_threads)
+    torch.set_num_threads(max(1, num_threads // NUM_PARTS))
     num_clips = max(_MIN_CLIPS, round(_CLIPS_PER_MINUTE * minutes))
     num_items = max(_MIN_ITEMS, min(_MAX_ITEMS, round(_ITEMS_PER_MINUTE * minutes)))
     budget_s = 60 * minutes
@@ -56,7 +57,7 @@ def teach(directory: Path, minutes: float, seed: int, num_threads: int) -> None:
     def spoken() -> Sequence[Clip]:
         return _speak(directory, seed, num_clips, num_threads)
 
-    teaching = Teaching(directory, seed, budget_s, time.monotonic, spoken)
+    teaching = Teaching(directory, seed, budget_s, time.monotonic, spoken, num_workers=min(num_threads, NUM_PARTS))
     if teaching.spent:
         note(f"going on behind {teaching.spent / 60:.1f} of {minutes:g} minutes")
     with _shower() as shower:
@@ -75,14 +76,14 @@ def teach(directory: Path, minutes: float, seed: int, num_threads: int) -> None:
 
 def _timed(teaching: Teaching, shower: _Shower) -> Iterator[Report]:
     """Show every report, and yield those that end a stage."""
-    num_tokens, started = 0, time.monotonic()
+    num_tokens, begun = 0, teaching.spent
     for report in teaching.run():
         if report.is_end:
             yield report
-            num_tokens, started = 0, time.monotonic()
+            num_tokens, begun = 0, report.spent
             continue
         num_tokens += report.num_tokens
-        shower.show(report, num_tokens / max(1e-9, time.monotonic() - started))
+        shower.show(report, num_tokens / max(1e-9, report.spent - begun))
 
 
 def _scores_of_stage(examiner: Examiner, stage: str, num_items: int) -> dict[str, float]:

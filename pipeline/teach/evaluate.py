@@ -36,10 +36,12 @@ from pipeline.items import (
     Task,
 )
 from pipeline.models.weights import ModelParams
+from pipeline.teach.gallery import live_frame
 from pipeline.teach.language import ANSWER, DESCRIBE, SUMMARISE, TRANSLATE
 from pipeline.teach.pictures import draw_picture
 from pipeline.teach.speech import Samples, Tool, Voice, held_out_voices, speak, training_voices, with_noise
 from pipeline.teach.world import (
+    Scene,
     describe_scenes,
     draw_question,
     draw_report,
@@ -53,7 +55,7 @@ from pipeline.vision.params import VisionParams
 
 NOISE_SNR_DB = 10.0
 _STREAM = "evaluation"
-_SIZES_PX = ((336, 189), (320, 240), (640, 360))
+_SIZES_PX = ((336, 168), (336, 189), (336, 336))
 _SEVERAL_EVERY = 4  # descriptions of which one is of two frames
 
 
@@ -180,18 +182,21 @@ class Examiner:
         if index % _SEVERAL_EVERY == _SEVERAL_EVERY - 1:
             scenes.append(draw_scene_change(rng, scenes[0]))
         size_px = rng.choice(_SIZES_PX)
-        frames = tuple(Frame(0, draw_picture(scene, *size_px, rng)) for scene in scenes)
+        frames = tuple(self._frame(scene, size_px, rng) for scene in scenes)
         return self._ask(DESCRIBE, frames=frames) == describe_scenes(scenes)
 
     def _is_answered(self, index: int, *, is_spoken: bool) -> bool:
         rng, sound_rng = self._random("question", index)
         scene = draw_scene(rng, held_out=True)
         question = draw_question(rng, scene)
-        frames = (Frame(0, draw_picture(scene, *rng.choice(_SIZES_PX), rng)),)
+        frames = (self._frame(scene, rng.choice(_SIZES_PX), rng),)
         if not is_spoken:
             return self._ask(ANSWER, question.text, frames=frames) == question.answer
         samples = speak(question.text, rng.choice(training_voices()), sound_rng, self._tool)
         return self._ask(ANSWER, frames=frames, samples=samples) == question.answer
+
+    def _frame(self, scene: Scene, size_px: tuple[int, int], rng: random.Random) -> Frame:
+        return Frame(0, live_frame(draw_picture(scene, *size_px, rng), self._eyes.config))
 
     # Asking
 

@@ -3,76 +3,108 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections import OrderedDict
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from pipeline.models.phi4.config import VisionConfig
 from pipeline.models.phi4.crops import PictureCrops, cut_crops
-from pipeline.teach.pictures import draw_picture
-from pipeline.teach.world import Scene, draw_scene
+from pipeline.teach.pictures import DIGIT_PLACES, Pixels, draw_picture_and_places
+from pipeline.teach.things import label_positions
+from pipeline.teach.world import MAX_ELEMENTS, Scene, draw_scene
 from pipeline.vision.crop_layout import plan_live_crops
 
 MAX_CROPS = 6
 """Crops of a picture beside the one of the whole, as `VisionParams` has them."""
 
-SIZES_PX = ((112, 112), (224, 112), (224, 224), (320, 240), (336, 189), (640, 360))
-"""Widths and heights of pictures, from small to large."""
-NUM_SMALL = 3
+SIZES_PX = ((168, 168), (336, 168), (168, 336), (336, 189), (336, 336))
+"""Widths and heights of pictures, from one crop to four."""
+NUM_SMALL = 1
 
 _NUM_OPEN, _NEW_EACH_STEP = 150, 0.6  # pictures of one size that are there at a time: each is seen about four times
-_NUM_SMALLEST_OPEN, _SMALLEST_NEW_EACH_STEP = 600, 8.0  # the same where all of a step's have the smallest size
-_NUM_KEPT = len(SIZES_PX) * _NUM_OPEN
+_NUM_FULL_OPEN, _FULL_NEW_EACH_STEP = 400, 5.0  # the same where all of a step's are small
+_NUM_KEPT = len(SIZES_PX) * _NUM_OPEN + NUM_SMALL * _NUM_FULL_OPEN
 
 
-def show(scene: Scene, size_px: tuple[int, int], config: VisionConfig, rng: random.Random) -> PictureCrops:
-    """Return a picture of `scene`, made smaller and cut as a live frame is."""
-    width_px, height_px = size_px
-    pixels = torch.from_numpy(draw_picture(scene, width_px, height_px, rng))
+def live_frame(pixels: Pixels, config: VisionConfig) -> Pixels:
+    """Return a frame as the service looks at it: made smaller first, if its grid would have too many crops."""
+    height_px, width_px, _ = pixels.shape
     layout = plan_live_crops(width_px, height_px, config.crop_size, config.patch_size, MAX_CROPS)
-    if layout.width_px < width_px:
-        smaller = (layout.height_px, layout.width_px)
-        resized = F.interpolate(pixels.permute(2, 0, 1)[None], smaller, mode="bilinear", antialias=True)
-        pixels = resized[0].permute(1, 2, 0).contiguous()
-    return cut_crops(pixels, config, MAX_CROPS)
+    if layout.width_px >= width_px:
+        return pixels
+    smaller = (layout.height_px, layout.width_px)
+    planes = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+    resized = F.interpolate(planes, smaller, mode="bilinear", antialias=True)
+    return resized[0].permute(1, 2, 0).contiguous().numpy()
 
 
 @dataclass(frozen=True, slots=True)
-class Hung:
-    """A picture, and what it shows; its pixels are float16."""
+class Shown:
+    """A picture, cut, and what is in it.
+
+    Args:
+        scene: what it shows.
+        crops: its pixels; a gallery keeps them as float16.
+        things: bool[crops, side / 2, side / 2, things], as `label_positions` returns it.
+    """
 
     scene: Scene
     crops: PictureCrops
+    things: Tensor
+
+
+def show(scene: Scene, size_px: tuple[int, int], config: VisionConfig, rng: random.Random) -> Shown:
+    """Return a picture of `scene`, made smaller and cut as a live frame is."""
+    pixels, places = draw_picture_and_places(scene, *size_px, rng)
+    crops = cut_crops(torch.from_numpy(live_frame(pixels, config)), config, MAX_CROPS)
+    return Shown(scene, crops, label_positions(scene, places, crops.layout, size_px[0]))
 
 
 class Gallery:
-    """Pictures of scenes, none of which is held out. Which ones there are depends on seed and step alone."""
+    """Pictures of scenes, none of which is held out. Which ones there are depends on seed and step alone.
+
+    Several threads may draw; of two that want a new one at the same time each draws the same.
+    """
 
     def __init__(self, config: VisionConfig, seed: int) -> None:
         self._config, self._seed = config, seed
-        self._kept: OrderedDict[tuple[int, int, int], Hung] = OrderedDict()
+        self._kept: OrderedDict[tuple[int, int, int, bool], Shown] = OrderedDict()
+        self._lock = threading.Lock()
 
-    def draw_smallest(self, number: int, rng: random.Random) -> tuple[Scene, PictureCrops]:
-        """Return one of the smallest pictures that are there at step `number`, without its grid, which is the whole."""
-        index = int(number * _SMALLEST_NEW_EACH_STEP) + rng.randrange(_NUM_SMALLEST_OPEN)
-        scene, crops = self._take((*SIZES_PX[0], index))
-        return scene, PictureCrops(crops.layout, crops.pixels[:1], crops.mask[:1])
+    def draw_small_and_full(self, number: int, rng: random.Random) -> Shown:
+        """Return a small picture that is there at step `number`, without its grid, which is the whole.
 
-    def draw(self, number: int, size_px: tuple[int, int], rng: random.Random) -> tuple[Scene, PictureCrops]:
+        It is as full as can be, and has two digits, which are the hardest to tell.
+        """
+        size_px = SIZES_PX[rng.randrange(NUM_SMALL)]
+        index = int(number * _FULL_NEW_EACH_STEP) + rng.randrange(_NUM_FULL_OPEN)
+        shown = self._take((*size_px, index), is_full=True)
+        crops = PictureCrops(shown.crops.layout, shown.crops.pixels[:1], shown.crops.mask[:1])
+        return Shown(shown.scene, crops, shown.things[:1])
+
+    def draw(self, number: int, size_px: tuple[int, int], rng: random.Random) -> Shown:
         """Return one of the pictures of that size that are there at step `number`."""
         return self._take((*size_px, int(number * _NEW_EACH_STEP) + rng.randrange(_NUM_OPEN)))
 
-    def _take(self, key: tuple[int, int, int]) -> tuple[Scene, PictureCrops]:
-        found = self._kept.pop(key, None)
+    def _take(self, size_and_index: tuple[int, int, int], *, is_full: bool = False) -> Shown:
+        key = (*size_and_index, is_full)
+        with self._lock:
+            found = self._kept.pop(key, None)
         if found is None:
             own = random.Random(f"{self._seed}/picture/{key}")  # noqa: S311 - repeatable on purpose
             scene = draw_scene(own, held_out=False)
-            crops = show(scene, key[:2], self._config, own)
-            found = Hung(scene, PictureCrops(crops.layout, crops.pixels.half(), crops.mask))
-            if len(self._kept) >= _NUM_KEPT:
+            while is_full and (len(scene.elements) < MAX_ELEMENTS or len(scene.display or ()) < len(DIGIT_PLACES)):
+                scene = draw_scene(own, held_out=False)
+            shown = show(scene, key[:2], self._config, own)
+            kept = PictureCrops(shown.crops.layout, shown.crops.pixels.half(), shown.crops.mask)
+            found = Shown(scene, kept, shown.things)
+        with self._lock:
+            if key not in self._kept and len(self._kept) >= _NUM_KEPT:
                 self._kept.popitem(last=False)
-        self._kept[key] = found
+            self._kept[key] = found
         crops = found.crops
-        return found.scene, PictureCrops(crops.layout, crops.pixels.float(), crops.mask)
+        return Shown(found.scene, PictureCrops(crops.layout, crops.pixels.float(), crops.mask), found.things)

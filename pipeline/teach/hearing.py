@@ -1,6 +1,6 @@
 """Stage 2: hearing. The conformer, the projection of speech and the speech adapter learn; the language model stays.
 
-Each step has a batch of sounds of about one length, and each sound one task. Beside the loss of the answers there is
+Each part of a step has sounds of about one length, and each sound one task. Beside the loss of the answers there is
 one of a layer that is thrown away afterwards: it spells the words straight from what the conformer gives (CTC, Graves
 et al. 2006), which is what makes the conformer listen at all in so short a time. At first there is nothing else: as
 long as nothing is heard, what the language model asks of the conformer drowns what the words ask. Then the projection
@@ -30,6 +30,7 @@ from pipeline.teach.language import (
     transcription,
     translation,
 )
+from pipeline.teach.learning import Part
 from pipeline.teach.lessons import Lesson, Teacher
 from pipeline.teach.network import Network, Row
 from pipeline.teach.world import WORDS, saying_of, summary_of, tokens_of_text
@@ -38,9 +39,9 @@ _SPELLING_SHARE, _READING_SHARE = 0.3, 0.36
 """Of the stage: until when words alone are taught, and until when the conformer is left as it is."""
 _CLEAN_SHARE, _DISTORTED_SHARE = 0.06, 0.25
 """Of the stage: between them distortions grow from none to all."""
-_BATCH_TOKENS = (350, 700)
-"""Positions of sound in a step, while words alone are taught and later: many small steps find the words sooner."""
-_MAX_CLIPS = 32
+_BATCH_TOKENS = (200, 380)
+"""Positions of sound in a part, while words alone are taught and later: many small steps find the words sooner."""
+_MAX_CLIPS = 16
 _CTC_WEIGHT = 0.7
 _BLANK = 0
 _WORD = {word: 1 + index for index, word in enumerate(WORDS)}
@@ -49,7 +50,7 @@ _PARTIAL_SHARE = 0.2
 _TRANSLATION_SHARE = 0.45
 _CHAINED_SHARE = 0.85
 _SILENT_SHARE = 0.03
-_JOINED_SHARE, _SUMMARY_SHARE = 0.15, 0.12  # of steps, once sentences alone are known
+_JOINED_SHARE, _SUMMARY_SHARE = 0.15, 0.12  # of parts, once sentences alone are known
 _SENTENCES_ALONE = 0.4  # of the stage
 _SUMMARISED = (2, 6)
 _REPORT_SHARE = 0.6  # of the summaries; the others are of sentences by chance, of which few have to do with each other
@@ -97,14 +98,14 @@ class Hearing:
         found |= {f"speller.{name}": value for name, value in self.speller.named_parameters()}
         return found | {f"speech:{key}": value for key, value in self._network.nano.adapters["speech"].tensors.items()}
 
-    def step(self, number: int, rng: random.Random, progress: float) -> tuple[Tensor, dict[str, float], int]:
-        """Return the loss of one step, what to tell of it, and how many tokens it had."""
+    def part(self, number: int, rng: random.Random, progress: float) -> Part:
+        """Return one part of a step."""
         del number
         draw = rng.random() if progress > _SENTENCES_ALONE else 1.0
         if draw < _SUMMARY_SHARE:
-            return self._joined_step(rng, is_summary=True)
+            return self._joined_part(rng, is_summary=True)
         if draw < _SUMMARY_SHARE + _JOINED_SHARE:
-            return self._joined_step(rng, is_summary=False)
+            return self._joined_part(rng, is_summary=False)
         share = min(1.0, _FIRST_SHARE + _GROWTH * progress)
         chosen = self._draw_batch(rng, max(1, int(len(self.clips) * share)), _BATCH_TOKENS[progress >= _SPELLING_SHARE])
         sounds: list[Tensor] = []
@@ -127,9 +128,12 @@ class Hearing:
             spelled.append(text)
             lessons.append(lesson or _draw_lesson([clip], rng))
         loss, told, num_tokens, log_probs = self._learn(sounds, lessons, spelled, progress)
-        for index, clip, before, stretch in whole:
-            self.time_words(clip, log_probs[: -(-len(sounds[index]) // TOKEN_STEPS), index], before, stretch)
-        return loss, told, num_tokens
+
+        def time_all() -> None:
+            for index, clip, before, stretch in whole:
+                self.time_words(clip, log_probs[: -(-len(sounds[index]) // TOKEN_STEPS), index], before, stretch)
+
+        return Part(loss, told, num_tokens, time_all)
 
     def _draw_batch(self, rng: random.Random, count: int, num_tokens: int) -> list[Clip]:
         """Return sounds of about one length, from the shortest `count`."""
@@ -146,7 +150,7 @@ class Hearing:
         said = (cut - before - _MARGIN_STEPS) / (len(clip.features) * stretch)
         return sound[:cut], partial_transcription(clip.text, sum(end <= said for end in clip.ends))
 
-    def _joined_step(self, rng: random.Random, *, is_summary: bool) -> tuple[Tensor, dict[str, float], int]:
+    def _joined_part(self, rng: random.Random, *, is_summary: bool) -> Part:
         """Learn from several sentences of one voice: transcribe and translate two or three, summarise two to six."""
         sounds, lessons, spelled = [], [], []
         num_tokens = 0
@@ -161,7 +165,7 @@ class Hearing:
             lessons.append(Lesson(SUMMARISE, summary_of(sayings)) if is_summary else _draw_lesson(clips, rng))
             num_tokens += -(-len(sound) // TOKEN_STEPS)
         loss, told, num_tokens, _ = self._learn(sounds, lessons, spelled, 1.0)
-        return loss, told, num_tokens
+        return Part(loss, told, num_tokens)
 
     def _draw_clips(self, rng: random.Random, *, is_summary: bool) -> list[Clip]:
         """Return sentences of one voice, as they are said one after the other."""

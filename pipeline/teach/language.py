@@ -7,12 +7,15 @@ often repeated, since a word will last for several positions.
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterator, Sequence
 
 from pipeline.items import TRANSCRIBE, Task, TaskKind
 from pipeline.teach.lessons import Lesson, Teacher
 from pipeline.teach.network import Row
+from pipeline.teach.pictures import DIGIT_PLACES
+from pipeline.teach.things import things_in
 from pipeline.teach.world import (
     SECOND_LANGUAGE,
     Report,
@@ -24,6 +27,7 @@ from pipeline.teach.world import (
     draw_saying,
     draw_scene,
     draw_scene_change,
+    summary_of,
 )
 
 TRANSLATE = Task(TaskKind.TRANSLATE, SECOND_LANGUAGE)
@@ -35,12 +39,15 @@ MAX_JOINED = 3
 """Sayings that are said in one breath."""
 MAX_FRAMES = 3
 
+_RETOLD, _MAX_CUTS = (3, 12), 2
+_RETOLD_SHARE = 0.35  # of the summaries of text
 _CHAINED_SHARE = 0.7
 _PARTIAL_SHARE = 0.25
 _REPEATED_SHARE = 0.6
 _MAX_REPEATS = 4
+_NAMED_SHARE = 0.6
 _KINDS = ("transcribe", "translate", "summarise text", "summarise sound", "describe", "ask", "ask aloud")
-_WEIGHTS = (3, 6, 3, 2, 3, 2, 2)
+_WEIGHTS = (3, 6, 5, 2, 3, 2, 2)
 
 
 def draw_sayings(rng: random.Random) -> tuple[Saying, ...]:
@@ -61,6 +68,19 @@ def draw_frames(rng: random.Random) -> tuple[Scene, ...]:
 def draw_stretch(rng: random.Random) -> Report:
     """Return a report of a few sayings, none of them held out."""
     return draw_report(rng, rng.randint(MIN_SAYINGS, MAX_SAYINGS), held_out=False)
+
+
+def draw_retold(rng: random.Random) -> tuple[str, str]:
+    """Return a text to be summarised, and its summary: a report of which the earlier parts are summaries themselves.
+
+    So is the text of a stream's closing summary: its rolling summaries, and what was said behind the last of them.
+    """
+    report = draw_report(rng, rng.randint(*_RETOLD), held_out=False)
+    cuts = sorted(rng.sample(range(1, len(report.sayings)), rng.randint(1, _MAX_CUTS)))
+    *earlier, last = [report.sayings[start:end] for start, end in itertools.pairwise((0, *cuts, len(report.sayings)))]
+    is_said = rng.random() < 0.5
+    tail = " ".join(saying.text for saying in last) if is_said else summary_of(last)
+    return "\n".join([*(summary_of(part) for part in earlier), tail]), report.summary
 
 
 def transcription(sayings: Sequence[Saying]) -> Lesson:
@@ -100,6 +120,9 @@ def draw_row(rng: random.Random, teacher: Teacher) -> Row:
             text = lesson.answer
         return teacher.row_of_text(lesson, sound=_spread(encode(text), rng))
     if kind in ("summarise text", "summarise sound"):
+        if kind == "summarise text" and rng.random() < _RETOLD_SHARE:
+            text, summary = draw_retold(rng)
+            return teacher.row_of_text(Lesson(SUMMARISE, summary, text=text))
         report = draw_stretch(rng)
         if kind == "summarise text":
             return teacher.row_of_text(Lesson(SUMMARISE, report.summary, text=report.text))
@@ -111,15 +134,42 @@ def _draw_look(kind: str, rng: random.Random, teacher: Teacher) -> Row:
     encode = teacher.tokenizer.encode
     if kind == "describe":
         scenes = draw_frames(rng)
-        seen = [token for scene in scenes for token in _spread(encode(scene.description), rng)]
+        seen = [token for scene in scenes for token in _seen(scene, rng, teacher, 2 if len(scenes) == 1 else 1)]
         return teacher.row_of_text(description(scenes), picture=seen)
     scene = draw_scene(rng, held_out=False)
     question = draw_question(rng, scene)
-    seen = _spread(encode(scene.description), rng)
+    seen = _seen(scene, rng, teacher, 2)
     if kind == "ask":
         return teacher.row_of_text(Lesson(ANSWER, question.answer, text=question.text), picture=seen)
     asked = _spread(encode(question.text), rng)
     return teacher.row_of_text(Lesson(ANSWER, question.answer), sound=asked, picture=seen)
+
+
+def _seen(scene: Scene, rng: random.Random, teacher: Teacher, max_copies: int) -> list[int]:
+    """Return tokens that stand in for a picture of `scene`: its elements in any order, as they lie in a picture.
+
+    Several copies are as if they were seen in the crops and in the whole.
+    """
+    tokens: list[int] = []
+    for _ in range(rng.randint(1, max_copies)):
+        if rng.random() < _NAMED_SHARE:
+            tokens += teacher.tokenizer.encode("".join(f" {word}" for word in _words_seen(scene, rng)))
+            continue
+        for sentence in rng.sample(scene.sentences, len(scene.sentences)):
+            tokens += _spread(teacher.tokenizer.encode(sentence), rng)
+    return tokens
+
+
+def _words_seen(scene: Scene, rng: random.Random) -> Iterator[str]:
+    """Yield the words that belong to each place, as the positions of a picture have them: a few times, in any order."""
+    things = things_in(scene)
+    digits = [place for place in DIGIT_PLACES if place in things]
+    others = [[place] for place in things if place not in digits]
+    groups = [digits, *others] if digits else others
+    for group in rng.sample(groups, len(groups)):
+        for place in group:
+            words = [*things[place], *rng.choices(things[place], k=rng.randrange(_MAX_REPEATS))]
+            yield from rng.sample(words, len(words))
 
 
 def _spread(tokens: Sequence[int], rng: random.Random) -> list[int]:
@@ -139,6 +189,7 @@ def texts_of_world(rng: random.Random, num_texts: int) -> Iterator[str]:
         report = draw_stretch(rng)
         yield report.text
         yield report.summary
+        yield from draw_retold(rng)
         scenes = draw_frames(rng)
         yield describe_scenes(scenes)
         question = draw_question(rng, scenes[0])

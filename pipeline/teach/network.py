@@ -7,8 +7,11 @@ another model than the one that runs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from queue import SimpleQueue
 from typing import Any
 
 import torch
@@ -18,6 +21,7 @@ from torch import Tensor, nn
 from pipeline.models.phi4.conformer import Projector
 from pipeline.models.phi4.crops import PictureCrops
 from pipeline.models.phi4.keys import AdapterName
+from pipeline.teach.learning import NUM_PARTS
 from pipeline.teach.model import LowRank, Nano
 
 _IGNORED = -100
@@ -51,7 +55,7 @@ class Loss:
 
 
 class Network:
-    """The model in teaching as a function of sounds, pictures and texts."""
+    """The model in teaching as a function of sounds, pictures and texts; as many threads as parts may compute."""
 
     def __init__(self, nano: Nano) -> None:
         self.nano = nano
@@ -60,6 +64,12 @@ class Network:
         self.image: Any = extended.image_embed
         self._sound_token = nano.config.audio.placeholder_token
         self._picture_token = nano.config.vision.placeholder_token
+        # Adapted weights take the place of a decoder's own while it computes, so each thread needs one for itself. They
+        # share all weights with the model's, which is never touched.
+        shared = {id(value): value for value in (*nano.model.parameters(), *nano.model.buffers())}
+        self._decoders: SimpleQueue[nn.Module] = SimpleQueue()
+        for _ in range(NUM_PARTS):
+            self._decoders.put(copy.deepcopy(nano.model.model, dict(shared)))
 
     def hear(self, clips: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
         """Return what the conformer makes of `clips` [steps, mels], [clips, longest, width], and their lengths.
@@ -112,8 +122,17 @@ class Network:
     def project_pictures(self, seen: Sequence[Tensor], pictures: Sequence[PictureCrops]) -> list[Tensor]:
         """Return the decoder's tokens of each picture, [layout.num_tokens, decoder width], as `VisionProjection`."""
         joined = [self._join(part, picture) for part, picture in zip(seen, pictures, strict=True)]
-        projected = self.image.img_projection_down(F.gelu(self.image.img_projection_up(torch.cat(joined))))
+        projected = self._project_picture(torch.cat(joined))
         return list(torch.split(projected, [len(part) for part in joined]))
+
+    def name_positions(self, features: Tensor, words: Tensor) -> Tensor:
+        """Return how near each of `features` [..., width], projected, is to each of these tokens: [..., tokens]."""
+        found: Tensor = self._project_picture(features) @ self.nano.model.model.embed_tokens.weight[words].T
+        return found
+
+    def _project_picture(self, features: Tensor) -> Tensor:
+        projected: Tensor = self.image.img_projection_down(F.gelu(self.image.img_projection_up(features)))
+        return projected
 
     def _join(self, features: Tensor, picture: PictureCrops) -> Tensor:
         """Return one picture's rows, each with its separator, the grid before the whole."""
@@ -162,7 +181,16 @@ class Network:
                     torch.nonzero(ids == token, as_tuple=True), torch.cat(found).to(embedded.dtype)
                 )
         arguments = {"inputs_embeds": embedded, "use_cache": False}
-        inner = self.nano.model.model
         weights = adapter.merged(self.nano.model) if adapter else {}
-        hidden: Tensor = torch.func.functional_call(inner, weights, (), arguments).last_hidden_state
+        with self._decoder() as decoder:
+            hidden: Tensor = torch.func.functional_call(decoder, weights, (), arguments).last_hidden_state
         return hidden
+
+    @contextmanager
+    def _decoder(self) -> Iterator[nn.Module]:
+        """Yield a decoder that no other thread computes with; wait for one."""
+        decoder = self._decoders.get()
+        try:
+            yield decoder
+        finally:
+            self._decoders.put(decoder)

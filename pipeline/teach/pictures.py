@@ -1,8 +1,8 @@
 """Pictures and clips of the world's scenes, drawn with numpy alone.
 
 A picture is four cells, two of them left and two right. Each element of the scene has one, the shape one on its side;
-how large an element is in its cell and where, its shade, the floor's brightness and the noise are drawn. The smallest
-elements are 50 pixels wide and digits 32 high, in any picture: a digit spans several of the 14-pixel patches.
+how large an element is and where in its cell, its shade, the floor's brightness and the noise are drawn. Elements are
+50 to 66 pixels wide and digits 32 to 42 high, in any picture: a digit spans several of the 14-pixel patches.
 """
 
 from __future__ import annotations
@@ -21,9 +21,11 @@ from pipeline.timebase import SAMPLES_PER_MS
 MIN_SIDE_PX = 112
 """Below, four elements have no room."""
 
-MIN_ELEMENT_PX = 50
+MIN_ELEMENT_PX, MAX_ELEMENT_PX = 50, 66
 MAX_SHIFT_PX = 2
 """How far a clip's camera moves."""
+
+DIGIT_PLACES = ("first digit", "second digit")
 
 Colour = tuple[int, int, int]
 Pixels = NDArray[np.uint8]
@@ -47,6 +49,7 @@ _SKIN: tuple[Colour, ...] = ((225, 185, 155), (150, 105, 75), (95, 65, 50))
 _CELLS = ((0, 0), (1, 0), (0, 1), (1, 1))
 """Column and row."""
 
+_DIGIT_WIDTH, _DIGIT_TOP, _DIGIT_BOTTOM = 0.34, 0.18, 0.82
 # Segments of a digit: top, upper left, upper right, middle, lower left, lower right, bottom.
 _SEGMENTS = (
     "1110111",
@@ -63,6 +66,30 @@ _SEGMENTS = (
 
 
 @dataclass(frozen=True, slots=True)
+class Place:
+    """A rectangle of a picture, in pixels from its top left corner."""
+
+    left: float
+    top: float
+    right: float
+    bottom: float
+
+    @property
+    def middle_x(self) -> float:
+        """Middle between left and right."""
+        return (self.left + self.right) / 2
+
+    @property
+    def middle_y(self) -> float:
+        """Middle between top and bottom."""
+        return (self.top + self.bottom) / 2
+
+    def scaled(self, x: float, y: float) -> Place:
+        """Return where it is in a picture resized by these factors."""
+        return Place(self.left * x, self.top * y, self.right * x, self.bottom * y)
+
+
+@dataclass(frozen=True, slots=True)
 class _Box:
     """A square of `side` pixels with its top left corner at (x, y), and what is drawn into it."""
 
@@ -70,6 +97,11 @@ class _Box:
     x: float
     y: float
     side: float
+
+    def place(self, left: float, top: float, right: float, bottom: float) -> Place:
+        """Return where a rectangle is; its edges as shares of the side."""
+        x, y, side = self.x, self.y, self.side
+        return Place(x + left * side, y + top * side, x + right * side, y + bottom * side)
 
     def rectangle(self, left: float, top: float, right: float, bottom: float, colour: Colour) -> None:
         """Fill a rectangle; its edges as shares of the side."""
@@ -92,6 +124,17 @@ def draw_picture(scene: Scene, width_px: int, height_px: int, rng: random.Random
 
     Raises:
         ValueError: if a side is below 112, or the scene has more than 4 elements.
+    """
+    return draw_picture_and_places(scene, width_px, height_px, rng)[0]
+
+
+def draw_picture_and_places(
+    scene: Scene, width_px: int, height_px: int, rng: random.Random
+) -> tuple[Pixels, dict[str, Place]]:
+    """Return what `draw_picture` returns, and where things are: elements by name, of a display its digits.
+
+    Raises:
+        ValueError: as `draw_picture`.
     """
     return _draw(scene, width_px, height_px, look=rng.getrandbits(64), noise=rng.getrandbits(64))
 
@@ -119,32 +162,46 @@ def draw_clip(
     for time_ms in range(0, hold_ms * len(scenes), interval_ms):
         shift = rng.randint(-MAX_SHIFT_PX, MAX_SHIFT_PX), rng.randint(-MAX_SHIFT_PX, MAX_SHIFT_PX)
         noise = rng.getrandbits(64)
-        pixels = _draw(scenes[time_ms // hold_ms], width_px, height_px, look=look, noise=noise, shift=shift)
+        pixels, _ = _draw(scenes[time_ms // hold_ms], width_px, height_px, look=look, noise=noise, shift=shift)
         yield Frame(time_ms * SAMPLES_PER_MS, pixels)
 
 
 def _draw(
     scene: Scene, width_px: int, height_px: int, *, look: int, noise: int, shift: tuple[int, int] = (0, 0)
-) -> Pixels:
-    """Return a picture of `scene`: of the seeds `look` decides what a clip keeps, and `noise` what it does not."""
+) -> tuple[Pixels, dict[str, Place]]:
+    """Return a picture of `scene` and its places: `look` decides what a clip keeps, `noise` what it does not."""
     if min(width_px, height_px) < MIN_SIDE_PX:
         raise ValueError(f"a picture of {width_px} x {height_px} pixels: give {MIN_SIDE_PX} or more on either side")
     if len(scene.elements) > MAX_ELEMENTS:
         raise ValueError(f"a scene of {len(scene.elements)} elements: a picture has room for {MAX_ELEMENTS}")
     pixels = _floor(width_px, height_px, look)
+    places: dict[str, Place] = {}
     for name, (column, row) in _cells(scene, look).items():
         rng = _rng(look, name)
         width, height = width_px / 2, height_px / 2
-        room = min(width, height)
-        side = max(MIN_ELEMENT_PX, rng.uniform(0.6, 0.94) * room)
+        side = rng.uniform(MIN_ELEMENT_PX, min(MAX_ELEMENT_PX, width, height))
         x = column * width + rng.random() * (width - side) + shift[0]
         y = row * height + rng.random() * (height - side) + shift[1]
         box = _Box(pixels, min(max(0.0, x), width_px - side), min(max(0.0, y), height_px - side), side)
         _DRAWN[name](box, scene, rng)
+        places |= _places(box, name, scene)
     generator = np.random.default_rng(noise)
     noisy = pixels + generator.integers(-6, 7, pixels.shape, dtype=np.int16)
     picture: Pixels = np.clip(noisy, 0, 255).astype(np.uint8)
-    return picture
+    return picture, places
+
+
+def _places(box: _Box, name: str, scene: Scene) -> dict[str, Place]:
+    """Return where the element `name` is, or the digits of a display."""
+    if name != "display" or scene.display is None:
+        return {name: box.place(0.0, 0.0, 1.0, 1.0)}
+    lefts = _digit_lefts(len(scene.display))
+    digits = [box.place(left, _DIGIT_TOP, left + _DIGIT_WIDTH, _DIGIT_BOTTOM) for left in lefts]
+    return dict(zip(DIGIT_PLACES, digits, strict=False))
+
+
+def _digit_lefts(num_digits: int) -> tuple[float, ...]:
+    return (0.33,) if num_digits == 1 else (0.09, 0.57)
 
 
 def _rng(look: int, name: str) -> random.Random:
@@ -201,9 +258,8 @@ def _draw_display(box: _Box, scene: Scene, rng: random.Random) -> None:
         return
     box.rectangle(0.0, 0.08, 1.0, 0.92, _shaded(_DARK, rng))
     lit = _shaded(_LIT, rng)
-    lefts = (0.33,) if len(scene.display) == 1 else (0.09, 0.57)
-    for left, digit in zip(lefts, scene.display, strict=True):
-        right, top, middle, bottom, stroke = left + 0.34, 0.18, 0.5, 0.82, 0.08
+    for left, digit in zip(_digit_lefts(len(scene.display)), scene.display, strict=True):
+        right, top, middle, bottom, stroke = left + _DIGIT_WIDTH, _DIGIT_TOP, 0.5, _DIGIT_BOTTOM, 0.08
         edges = (
             (left, top, right, top + stroke),
             (left, top, left + stroke, middle),

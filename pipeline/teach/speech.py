@@ -47,6 +47,7 @@ class Voice:
     is_held_out: bool = False
 
 
+_ACCENTS = ("en-029", "en-gb-x-rp", "en-gb-x-gbclan", "en-gb-x-gbcwmd", "en-us-nyc")
 _VARIANTS = ("", *(f"+f{n}" for n in range(1, 5)), *(f"+m{n}" for n in range(1, 8)))
 
 # British English is "en": espeak-ng 1.51 knows "en-gb" too, but takes no variant of it and says nothing about that.
@@ -54,6 +55,7 @@ VOICES: Final = (
     *(Voice(name, "flite") for name in ("slt", "rms", "kal16")),
     Voice("awb", "flite", is_held_out=True),
     *(Voice(accent + variant, "espeak-ng") for accent in ("en-us", "en") for variant in _VARIANTS),
+    *(Voice(accent + variant, "espeak-ng") for accent in _ACCENTS for variant in ("", "+f2", "+m3")),
     # timbres that no other voice has, one of them with an accent that no other has
     Voice("en-us+Andrea", "espeak-ng", is_held_out=True),
     Voice("en-gb-scotland+f5", "espeak-ng", is_held_out=True),

@@ -10,18 +10,20 @@ import math
 import os
 import random
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
-from torch import Tensor, nn
+from torch import nn
 
 from pipeline.errors import ModelError
 from pipeline.teach.clips import Clip
 from pipeline.teach.hearing import Hearing
 from pipeline.teach.language import draw_row, texts_of_world
+from pipeline.teach.learning import NUM_PARTS, Learner, Part, Steps
 from pipeline.teach.lessons import Teacher
 from pipeline.teach.model import Nano, make_tokenizer, new_model
 from pipeline.teach.network import Network
@@ -36,23 +38,10 @@ _FORMAT = 1
 
 _NUM_TEXTS = 600
 _PROMPT_WEIGHT = 0.1
-_ROWS_PER_STEP, _STEPS_PER_POOL = 32, 2
-_BETAS, _WEIGHT_DECAY, _MAX_NORM = (0.9, 0.98), 0.01, 1.0
+_ROWS_PER_PART, _PARTS_PER_POOL = 16, 3
 _WARM_UP_STEPS = 60
 _LEAST_SHARE = 0.02  # of the learning rate, at the end
 _SAVE_EVERY = 0.04  # of the whole time
-
-
-class Steps(Protocol):
-    """What a stage learns with."""
-
-    def parameters(self) -> dict[str, nn.Parameter]:
-        """Return what learns, by name."""
-        ...
-
-    def step(self, number: int, rng: random.Random, progress: float) -> tuple[Tensor, dict[str, float], int]:
-        """Return the loss of one step, what to tell of it, and how many tokens it had."""
-        ...
 
 
 class Reading:
@@ -66,17 +55,17 @@ class Reading:
         model = self._network.nano.model
         return {name: value for name, value in model.named_parameters() if "embed_tokens_extend" not in name}
 
-    def step(self, number: int, rng: random.Random, progress: float) -> tuple[Tensor, dict[str, float], int]:
-        """Return the loss of one step, what to tell of it, and how many tokens it had."""
+    def part(self, number: int, rng: random.Random, progress: float) -> Part:
+        """Return one part of a step."""
         del number, progress
-        rows = [draw_row(rng, self._teacher) for _ in range(_ROWS_PER_STEP * _STEPS_PER_POOL)]
+        rows = [draw_row(rng, self._teacher) for _ in range(_ROWS_PER_PART * _PARTS_PER_POOL)]
         # Rows of about one length, so that little of a batch is padding.
         rows.sort(key=lambda row: len(row.tokens))
-        first = rng.randrange(_STEPS_PER_POOL) * _ROWS_PER_STEP
-        found = self._network.loss(rows[first : first + _ROWS_PER_STEP], None, has_prompt=True)
+        first = rng.randrange(_PARTS_PER_POOL) * _ROWS_PER_PART
+        found = self._network.loss(rows[first : first + _ROWS_PER_PART], None, has_prompt=True)
         prompt = torch.zeros(()) if found.prompt is None else found.prompt
         told = {"answers": found.answer.item(), "texts": prompt.item()}
-        return found.answer + _PROMPT_WEIGHT * prompt, told, found.num_tokens
+        return Part(found.answer + _PROMPT_WEIGHT * prompt, told, found.num_tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,10 +78,10 @@ class Stage:
 
 
 STAGES = (
-    Stage("language", 0.08, 2e-3),
-    Stage("hearing", 0.57, 1e-3),
-    Stage("seeing", 0.22, 2e-3),
-    Stage("spoken questions", 0.13, 5e-4),
+    Stage("language", 0.12, 2e-3),
+    Stage("hearing", 0.50, 1e-3),
+    Stage("seeing", 0.26, 2e-3),
+    Stage("spoken questions", 0.12, 5e-4),
 )
 
 
@@ -121,6 +110,7 @@ class Teaching:
         budget: time for all stages, in the unit of `clock`.
         clock: tells time; only its differences count.
         sayings: spoken sentences for stage 2, the questions among them for stage 4; called when they are needed.
+        num_workers: threads that compute the parts of a step; what is learned does not depend on how many.
 
     Raises:
         ModelError: if the state in `directory` is of another seed, budget or version, or cannot be read.
@@ -133,10 +123,12 @@ class Teaching:
         budget: float,
         clock: Callable[[], float],
         sayings: Callable[[], Sequence[Clip]],
+        *,
+        num_workers: int = NUM_PARTS,
     ) -> None:
         self._folder = directory / STATE_FOLDER
         self._seed, self._budget, self._clock = seed, budget, clock
-        self._sayings = sayings
+        self._sayings, self._num_workers = sayings, num_workers
         self._clips: Sequence[Clip] | None = None
         self._steps: Steps | None = None
         self._stage = self._step = 0
@@ -159,42 +151,37 @@ class Teaching:
 
     def run(self) -> Iterator[Report]:
         """Teach until all stages are through; yield after every step, and after the end of every stage."""
-        while not self.is_done:
-            stage = STAGES[self._stage]
-            yield from self._run_stage(stage)
-            self._stage, self._step, self._steps = self._stage + 1, 0, None
-            self._save(None)
-            yield Report(stage.name, 0, {}, 0, self._spent, self._budget, is_end=True)
+        with ThreadPoolExecutor(self._num_workers, "teaching") as workers:
+            while not self.is_done:
+                stage = STAGES[self._stage]
+                yield from self._run_stage(stage, workers)
+                self._stage, self._step, self._steps = self._stage + 1, 0, None
+                self._save(None)
+                yield Report(stage.name, 0, {}, 0, self._spent, self._budget, is_end=True)
 
-    def _run_stage(self, stage: Stage) -> Iterator[Report]:
+    def _run_stage(self, stage: Stage, workers: Executor) -> Iterator[Report]:
         steps = self._steps = self._make_steps()
         parameters = steps.parameters()
         for parameter in self.nano.model.parameters():
             parameter.requires_grad_(False)
         for parameter in parameters.values():
             parameter.requires_grad_(True)
-        optimiser = torch.optim.AdamW(
-            parameters.values(), lr=stage.learning_rate, betas=_BETAS, weight_decay=_WEIGHT_DECAY
-        )
-        self._resume(steps, optimiser)
+        learner = Learner(steps, workers)
+        self._resume(steps, learner.optimiser)
         begin = self._budget * sum(earlier.share for earlier in STAGES[: self._stage])
         length = self._budget * stage.share
         saved, last = self._spent, self._clock()
         while (progress := (self._spent - begin) / length) < 1.0:
             rate = stage.learning_rate * min(1.0, (self._step + 1) / _WARM_UP_STEPS)
-            for group in optimiser.param_groups:
-                group["lr"] = rate * max(_LEAST_SHARE, 0.5 + 0.5 * math.cos(math.pi * max(0.0, progress)))
-            rng = random.Random(f"{self._seed}/{stage.name}/{self._step}")  # noqa: S311 - repeatable on purpose
-            loss, told, num_tokens = steps.step(self._step, rng, max(0.0, progress))
-            optimiser.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
-            nn.utils.clip_grad_norm_(parameters.values(), _MAX_NORM)
-            optimiser.step()
+            rate *= max(_LEAST_SHARE, 0.5 + 0.5 * math.cos(math.pi * max(0.0, progress)))
+            seeds = [f"{self._seed}/{stage.name}/{self._step}/{part}" for part in range(NUM_PARTS)]
+            rngs = [random.Random(seed) for seed in seeds]  # noqa: S311 - repeatable on purpose
+            told, num_tokens = learner.step(self._step, rngs, max(0.0, progress), rate)
             self._step += 1
             now = self._clock()
             self._spent, last = self._spent + now - last, now
             if self._spent - saved >= _SAVE_EVERY * self._budget:
-                self._save(optimiser)
+                self._save(learner.optimiser)
                 saved = self._spent
             yield Report(stage.name, self._step, told, num_tokens, self._spent, self._budget)
             last = self._clock()  # what the caller did meanwhile is not teaching

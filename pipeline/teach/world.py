@@ -128,13 +128,14 @@ def draw_saying(
 def summary_of(sayings: Sequence[Saying]) -> str:
     """Return the troubles of `sayings` in the order of their first reports: what is, and what was and is over.
 
-    "Pump three was hot. Line two is stopped." or "No trouble.". That something is over which nobody reported says
-    nothing, and a trouble that comes again is again.
+    "Pump three was hot. Line two is stopped." or "No trouble.". What is over was, whether or not anybody reported it
+    before, and a trouble that comes again is again: so the summary of a whole follows from those of its parts, of which
+    the later one is right about what both tell.
     """
     is_over: dict[tuple[str, str], bool] = {}
     for saying in sayings:
         event = saying.event
-        if event is not None and (not event.is_over or (event.thing, event.trouble) in is_over):
+        if event is not None:
             is_over[event.thing, event.trouble] = event.is_over
     lines = [f"{capitalised(thing)} {'was' if over else 'is'} {trouble}." for (thing, trouble), over in is_over.items()]
     return " ".join(lines) or NO_TROUBLE

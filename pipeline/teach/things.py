@@ -1,0 +1,73 @@
+"""What can be in a picture, each thing by itself, and at which positions of the vision encoder it is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from pipeline.teach.grammar import COLOURS, DIGITS, SHAPES, SIDES
+from pipeline.teach.pictures import DIGIT_PLACES, Place
+from pipeline.teach.world import Scene
+from pipeline.vision.crop_layout import CropLayout
+
+THINGS: tuple[str, ...] = (
+    *(*SHAPES, *COLOURS, *SIDES, "display", *DIGITS),
+    *("gauge", "high", "low", "door", "open", "closed", "person", "inside", "outside"),
+)
+"""The words for what can be at a position."""
+
+_THING = {thing: index for index, thing in enumerate(THINGS)}
+_POOLED = 2
+
+
+def things_in(scene: Scene) -> dict[str, tuple[str, ...]]:
+    """Return which of `THINGS` are at each place (of `pictures.draw_picture_and_places`) of a picture of `scene`."""
+    found: dict[str, tuple[str, ...]] = {}
+    if scene.shape is not None:
+        found["shape"] = (scene.shape.kind, scene.shape.colour, scene.shape.side)
+    for place, digit in zip(DIGIT_PLACES, scene.display or (), strict=False):
+        found[place] = ("display", DIGITS[digit])
+    for name in ("gauge", "door", "person"):
+        state = getattr(scene, name)
+        if state is not None:
+            found[name] = (name, state)
+    return found
+
+
+def label_positions(scene: Scene, places: Mapping[str, Place], layout: CropLayout, width_px: int) -> Tensor:
+    """Return which things are at which position: bool[crops, side / 2, side / 2, things], the whole first.
+
+    A thing is where the centre of a position lies in its place, and at the position of its own centre. In the whole of
+    several crops digits are too small to be read, and a crop does not know on which side of the whole it is.
+
+    Args:
+        scene: what is in the picture.
+        places: where, in pixels of the picture.
+        layout: how the picture was resized and cut.
+        width_px: width of the picture before that.
+    """
+    side, scale = layout.side_patches // _POOLED, layout.width_px / width_px
+    whole = torch.zeros(side, side, len(THINGS), dtype=torch.bool)
+    grid = torch.zeros(layout.rows * side, layout.columns * side, len(THINGS), dtype=torch.bool)
+    is_small = layout.columns * layout.rows == 1
+    for name, things in things_in(scene).items():
+        place = places[name].scaled(scale, scale)
+        for thing in things:
+            if is_small or thing not in DIGITS:
+                _cover(whole[..., _THING[thing]], place.scaled(1 / layout.columns, 1 / layout.rows), layout)
+            if thing not in SIDES:
+                _cover(grid[..., _THING[thing]], place, layout)
+    crops = grid.view(layout.rows, side, layout.columns, side, -1).transpose(1, 2).reshape(-1, *whole.shape)
+    return torch.cat([whole[None], crops])
+
+
+def _cover(positions: Tensor, place: Place, layout: CropLayout) -> None:
+    """Set those of `positions` [rows, columns] that are in `place`."""
+    size_px = _POOLED * layout.patch_size
+    rows, columns = positions.shape
+    ys, xs = ((torch.arange(count) + 0.5) * size_px for count in (rows, columns))
+    positions |= ((ys > place.top) & (ys < place.bottom))[:, None] & ((xs > place.left) & (xs < place.right))
+    row, column = (int(middle // size_px) for middle in (place.middle_y, place.middle_x))
+    positions[min(row, rows - 1), min(column, columns - 1)] = True
