@@ -31,7 +31,7 @@ _BABBLE_SHARE = 0.2
 _DB = math.log(10) / 10
 
 _GAIN = (-3.5, 1.5)  # of the natural logarithm of power, beside that of `augment`
-_NOISY_SHARE, _SNR_DB = 0.5, (3.0, 35.0)
+_NOISY_SHARE, _SNR_DB = 0.5, (5.0, 35.0)
 _ROOM_SHARE, _REPORTED_SHARE = 0.25, 0.35
 _MAX_SILENCE_STEPS = 30
 _GAP_STEPS = (8, 50)

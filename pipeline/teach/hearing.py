@@ -1,10 +1,10 @@
-"""Stage 2: hearing. The conformer, the projection of speech and the speech adapter learn; the language model stays.
+"""Stage 3: hearing. The conformer, the projection of speech and the speech adapter learn; the language model stays.
 
-Each part of a step has sounds of about one length, and each sound one task. Beside the loss of the answers there is
-one of a layer that is thrown away afterwards: it spells the words straight from what the conformer gives (CTC, Graves
-et al. 2006), which is what makes the conformer listen at all in so short a time. At first there is nothing else: as
-long as nothing is heard, what the language model asks of the conformer drowns what the words ask. Then the projection
-and the adapter learn to read what the conformer gives, and then all of it together.
+Each part of a step has sounds of about one length, and each sound one task. Beside the loss of the answers there is one
+of a layer that is thrown away afterwards: it spells the words straight from what the conformer gives (CTC, Graves et
+al. 2006), which is what makes the conformer listen at all in so short a time. For half of the stage there is nothing
+else: as long as little is heard, what the language model asks of the conformer drowns what the words ask. Then the
+projection and the adapter learn to read what the conformer gives, and then all of it together.
 
 Where the words are spelled right it is also known when each was said, and from then on beginnings of sentences are
 taught: live text is written while somebody is speaking.
@@ -35,7 +35,7 @@ from pipeline.teach.lessons import Lesson, Teacher
 from pipeline.teach.network import Network, Row
 from pipeline.teach.world import WORDS, saying_of, summary_of, tokens_of_text
 
-_SPELLING_SHARE, _READING_SHARE = 0.3, 0.36
+_SPELLING_SHARE, _READING_SHARE = 0.5, 0.6
 """Of the stage: until when words alone are taught, and until when the conformer is left as it is."""
 _CLEAN_SHARE, _DISTORTED_SHARE = 0.06, 0.25
 """Of the stage: between them distortions grow from none to all."""
@@ -50,13 +50,12 @@ _PARTIAL_SHARE = 0.2
 _TRANSLATION_SHARE = 0.45
 _CHAINED_SHARE = 0.85
 _SILENT_SHARE = 0.03
-_JOINED_SHARE, _SUMMARY_SHARE = 0.15, 0.12  # of parts, once sentences alone are known
-_SENTENCES_ALONE = 0.4  # of the stage
+_JOINED_SHARE, _SUMMARY_SHARE = 0.15, 0.08  # of parts, once sentences alone are known
+_SENTENCES_ALONE = 0.35  # of the stage
 _SUMMARISED = (2, 6)
 _REPORT_SHARE = 0.6  # of the summaries; the others are of sentences by chance, of which few have to do with each other
 _MAX_TROUBLES = 2
-_FIRST_SHARE, _GROWTH = 0.3, 1.2  # of the sounds, from short to long
-_MARGIN_STEPS = 8
+_FIRST_SHARE, _GROWTH = 0.3, 2.0  # of the sounds, from short to long
 _MIN_PARTIAL_STEPS = 16
 
 
@@ -103,9 +102,9 @@ class Hearing:
         del number
         draw = rng.random() if progress > _SENTENCES_ALONE else 1.0
         if draw < _SUMMARY_SHARE:
-            return self._joined_part(rng, is_summary=True)
+            return self._joined_part(rng, progress, is_summary=True)
         if draw < _SUMMARY_SHARE + _JOINED_SHARE:
-            return self._joined_part(rng, is_summary=False)
+            return self._joined_part(rng, progress, is_summary=False)
         share = min(1.0, _FIRST_SHARE + _GROWTH * progress)
         chosen = self._draw_batch(rng, max(1, int(len(self.clips) * share)), _BATCH_TOKENS[progress >= _SPELLING_SHARE])
         sounds: list[Tensor] = []
@@ -147,14 +146,15 @@ class Hearing:
         """Return the beginning of `sound`, and what was said in it."""
         cut = rng.randint(min(_MIN_PARTIAL_STEPS, len(sound)), len(sound))
         cut -= cut % TOKEN_STEPS if cut > TOKEN_STEPS else 0
-        said = (cut - before - _MARGIN_STEPS) / (len(clip.features) * stretch)
+        # What was said to its end must be written, or ends of finals are left out too.
+        said = (cut - before) / (len(clip.features) * stretch)
         return sound[:cut], partial_transcription(clip.text, sum(end <= said for end in clip.ends))
 
-    def _joined_part(self, rng: random.Random, *, is_summary: bool) -> Part:
+    def _joined_part(self, rng: random.Random, progress: float, *, is_summary: bool) -> Part:
         """Learn from several sentences of one voice: transcribe and translate two or three, summarise two to six."""
         sounds, lessons, spelled = [], [], []
         num_tokens = 0
-        while num_tokens < _BATCH_TOKENS[-1]:
+        while num_tokens < _BATCH_TOKENS[progress >= _SPELLING_SHARE]:
             clips = self._draw_clips(rng, is_summary=is_summary)
             sayings = [saying_of(clip.text) for clip in clips]
             if is_summary and sum(saying.event is not None for saying in sayings) > _MAX_TROUBLES + 1:
@@ -164,7 +164,7 @@ class Hearing:
             spelled.append(" ".join(clip.text for clip in clips))
             lessons.append(Lesson(SUMMARISE, summary_of(sayings)) if is_summary else _draw_lesson(clips, rng))
             num_tokens += -(-len(sound) // TOKEN_STEPS)
-        loss, told, num_tokens, _ = self._learn(sounds, lessons, spelled, 1.0)
+        loss, told, num_tokens, _ = self._learn(sounds, lessons, spelled, progress)
         return Part(loss, told, num_tokens)
 
     def _draw_clips(self, rng: random.Random, *, is_summary: bool) -> list[Clip]:

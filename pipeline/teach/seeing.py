@@ -1,6 +1,6 @@
-"""Stages 3 and 4: seeing, and being asked aloud about what is seen.
+"""Stages 2 and 4: seeing, and being asked aloud about what is seen.
 
-Pictures are drawn anew for every step. In stage 3 the vision encoder, its projection, the separators and the vision
+Pictures are drawn anew for every step. In stage 2 the vision encoder, its projection, the separators and the vision
 adapter learn to describe one and several frames and to answer typed questions. At first they learn which words belong
 to each position, a sigmoid for each: that is SigLIP's loss, here with the words as the language model knows them, so
 that the projection leads to where it can read. As long as it does not, what the model asks of the encoder is noise.
@@ -64,7 +64,7 @@ class _Matcher(nn.Module):
 
 
 class Seeing:
-    """The steps of stage 3."""
+    """The steps of stage 2."""
 
     def __init__(self, network: Network, teacher: Teacher, seed: int) -> None:
         self._network, self._teacher = network, teacher

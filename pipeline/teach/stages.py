@@ -70,17 +70,24 @@ class Reading:
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """One stage: its name, its share of the time, and its learning rate at most."""
+    """One stage: its name, its share of the time, its learning rate at most, and from when on in it the rate falls."""
 
     name: str
     share: float
     learning_rate: float
+    falls_from: float = 0.0
+
+    def rate(self, step: int, progress: float) -> float:
+        """Return the learning rate of step `step`: it rises, stays, and falls by a cosine."""
+        fallen = max(0.0, progress - self.falls_from) / (1.0 - self.falls_from)
+        rise = min(1.0, (step + 1) / _WARM_UP_STEPS)
+        return self.learning_rate * rise * max(_LEAST_SHARE, 0.5 + 0.5 * math.cos(math.pi * fallen))
 
 
 STAGES = (
     Stage("language", 0.12, 2e-3),
-    Stage("hearing", 0.50, 1e-3),
     Stage("seeing", 0.26, 2e-3),
+    Stage("hearing", 0.50, 1e-3, falls_from=0.4),
     Stage("spoken questions", 0.12, 5e-4),
 )
 
@@ -109,7 +116,7 @@ class Teaching:
         seed: what everything that is drawn depends on.
         budget: time for all stages, in the unit of `clock`.
         clock: tells time; only its differences count.
-        sayings: spoken sentences for stage 2, the questions among them for stage 4; called when they are needed.
+        sayings: spoken sentences for stage 3, the questions among them for stage 4; called when they are needed.
         num_workers: threads that compute the parts of a step; what is learned does not depend on how many.
 
     Raises:
@@ -172,11 +179,10 @@ class Teaching:
         length = self._budget * stage.share
         saved, last = self._spent, self._clock()
         while (progress := (self._spent - begin) / length) < 1.0:
-            rate = stage.learning_rate * min(1.0, (self._step + 1) / _WARM_UP_STEPS)
-            rate *= max(_LEAST_SHARE, 0.5 + 0.5 * math.cos(math.pi * max(0.0, progress)))
             seeds = [f"{self._seed}/{stage.name}/{self._step}/{part}" for part in range(NUM_PARTS)]
             rngs = [random.Random(seed) for seed in seeds]  # noqa: S311 - repeatable on purpose
-            told, num_tokens = learner.step(self._step, rngs, max(0.0, progress), rate)
+            progress = max(0.0, progress)
+            told, num_tokens = learner.step(self._step, rngs, progress, stage.rate(self._step, progress))
             self._step += 1
             now = self._clock()
             self._spent, last = self._spent + now - last, now
@@ -187,15 +193,16 @@ class Teaching:
             last = self._clock()  # what the caller did meanwhile is not teaching
 
     def _make_steps(self) -> Steps:
-        if self._stage == 0:
+        name = STAGES[self._stage].name
+        if name == "language":
             return Reading(self._network, self._teacher)
-        if self._stage == 1:
+        if name == "seeing":
+            return Seeing(self._network, self._teacher, self._seed)
+        if name == "hearing":
             hearing = Hearing(self._network, self._teacher, self._spoken(), self._seed)
             if self._step == 0:
                 hearing.set_normalisation()
             return hearing
-        if self._stage == 2:
-            return Seeing(self._network, self._teacher, self._seed)
         questions = [clip for clip in self._spoken() if clip.text.endswith("?")]
         spoken = SpokenQuestions(self._network, self._teacher, questions, self._seed)
         if self._step == 0:
