@@ -2,7 +2,7 @@
 
 A picture is four cells, two of them left and two right. Each element of the scene has one, the shape one on its side;
 how large an element is and where in its cell, its shade, the floor's brightness and the noise are drawn. Elements are
-50 to 66 pixels wide and digits 32 to 42 high, in any picture: a digit spans several of the 14-pixel patches.
+50 to 66 pixels wide and digits 40 to 53 high, in any picture: a digit spans several of the 14-pixel patches.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _SKIN: tuple[Colour, ...] = ((225, 185, 155), (150, 105, 75), (95, 65, 50))
 _CELLS = ((0, 0), (1, 0), (0, 1), (1, 1))
 """Column and row."""
 
-_DIGIT_WIDTH, _DIGIT_TOP, _DIGIT_BOTTOM = 0.34, 0.18, 0.82
+_DIGIT_WIDTH, _DIGIT_TOP, _DIGIT_BOTTOM, _STROKE = 0.4, 0.1, 0.9, 0.12
 # Segments of a digit: top, upper left, upper right, middle, lower left, lower right, bottom.
 _SEGMENTS = (
     "1110111",
@@ -201,7 +201,7 @@ def _places(box: _Box, name: str, scene: Scene) -> dict[str, Place]:
 
 
 def _digit_lefts(num_digits: int) -> tuple[float, ...]:
-    return (0.33,) if num_digits == 1 else (0.09, 0.57)
+    return (0.3,) if num_digits == 1 else (0.05, 0.55)
 
 
 def _rng(look: int, name: str) -> random.Random:
@@ -253,13 +253,13 @@ def _draw_shape(box: _Box, scene: Scene, rng: random.Random) -> None:
 
 
 def _draw_display(box: _Box, scene: Scene, rng: random.Random) -> None:
-    """Draw a dark panel, and on it digits of seven segments, 0.64 of the box high."""
+    """Draw a dark panel, and on it digits of seven segments, 0.8 of the box high."""
     if scene.display is None:
         return
-    box.rectangle(0.0, 0.08, 1.0, 0.92, _shaded(_DARK, rng))
+    box.rectangle(0.0, 0.0, 1.0, 1.0, _shaded(_DARK, rng))
     lit = _shaded(_LIT, rng)
     for left, digit in zip(_digit_lefts(len(scene.display)), scene.display, strict=True):
-        right, top, middle, bottom, stroke = left + _DIGIT_WIDTH, _DIGIT_TOP, 0.5, _DIGIT_BOTTOM, 0.08
+        right, top, middle, bottom, stroke = left + _DIGIT_WIDTH, _DIGIT_TOP, 0.5, _DIGIT_BOTTOM, _STROKE
         edges = (
             (left, top, right, top + stroke),
             (left, top, left + stroke, middle),

@@ -23,6 +23,7 @@ from pipeline.models.phi4.audio_features import AudioFeatures
 from pipeline.models.phi4.conformer import Projector
 from pipeline.teach.clips import Clip, Distortion
 from pipeline.teach.gallery import NUM_SMALL, SIZES_PX, Gallery, Shown, show
+from pipeline.teach.grammar import DIGITS
 from pipeline.teach.language import ANSWER, description, draw_frames
 from pipeline.teach.learning import Part
 from pipeline.teach.lessons import Lesson, Teacher
@@ -30,17 +31,18 @@ from pipeline.teach.network import Network, Row
 from pipeline.teach.things import THINGS
 from pipeline.teach.world import draw_question
 
-_FULL_SHARE, _MATCHING_SHARE, _READING_SHARE, _SMALL_SHARE = 0.24, 0.42, 0.45, 0.52
+_FULL_SHARE, _MATCHING_SHARE, _READING_SHARE, _SMALL_SHARE = 0.3, 0.5, 0.53, 0.58
 """Of the stage: until when things are matched in small full pictures, and in larger ones too; until when the encoder
 rests while what it gives is read; until when only small pictures are read."""
 _FULL_AMONG_LARGER = 0.4
-_MATCHING_WEIGHT = 0.1
+_MATCHING_WEIGHT = 0.2
 _FIRST_SCALE, _FIRST_BIAS = 8.0, -4.0  # a word is as near to itself as 1, about
 _BATCH_CROPS = 18
 _MAX_PICTURES = 14
-_SEVERAL_SHARE, _ASKED_SHARE, _SEVERAL_FROM = 0.2, 0.35, 0.5
+_SEVERAL_SHARE, _ASKED_SHARE, _SEVERAL_FROM = 0.2, 0.35, 0.65
 _SPOKEN_SHARE = 0.6
 _WEIGHT_OF_SMALL, _WEIGHT_OF_LARGE = 1, 2
+_DIGITS = slice(THINGS.index(DIGITS[0]), THINGS.index(DIGITS[-1]) + 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,10 +110,18 @@ class Seeing:
         return Part(loss, {"things": loss.item()}, sum(each.shape[:-1].numel() for each in seen))
 
     def _match(self, seen: Sequence[Tensor], pictures: Sequence[Shown]) -> Tensor:
-        """Return the loss of telling what is at each position, of all of them for each thing at one."""
+        """Return the loss of telling what is at each position, of all of them for each thing at one, and which digit.
+
+        Digits are at few positions, and ten words share those: without a loss of their own they are learned last.
+        """
         found = self.matcher(self._network.name_positions(torch.cat(list(seen)), self._things))
         wanted = torch.cat([picture.things for picture in pictures]).float()
-        return F.binary_cross_entropy_with_logits(found, wanted, reduction="sum") / wanted.sum().clamp_min(1.0)
+        things = F.binary_cross_entropy_with_logits(found, wanted, reduction="sum") / wanted.sum().clamp_min(1.0)
+        which = wanted[..., _DIGITS]
+        is_digit = which.sum(-1) == 1
+        if not is_digit.any():
+            return things
+        return things + F.cross_entropy(found[..., _DIGITS][is_digit], which[is_digit])
 
     def _draw_looks(self, number: int, rng: random.Random, progress: float) -> list[Look]:
         """Return descriptions and typed questions, each with its pictures; those of a part are of one size."""
