@@ -13,9 +13,9 @@ from torch import Tensor
 
 from pipeline.models.phi4.config import VisionConfig
 from pipeline.models.phi4.crops import PictureCrops, cut_crops
-from pipeline.teach.pictures import DIGIT_PLACES, Pixels, draw_picture_and_places
+from pipeline.teach.pictures import Pixels, draw_picture_and_places, draw_sheet
 from pipeline.teach.things import label_positions
-from pipeline.teach.world import MAX_ELEMENTS, Scene, draw_scene
+from pipeline.teach.world import Scene, draw_scene
 from pipeline.vision.crop_layout import plan_live_crops
 
 MAX_CROPS = 6
@@ -25,9 +25,8 @@ SIZES_PX = ((168, 168), (336, 168), (168, 336), (336, 189), (336, 336))
 """Widths and heights of pictures, from one crop to four."""
 NUM_SMALL = 1
 
-_NUM_OPEN, _NEW_EACH_STEP = 150, 0.6  # pictures of one size that are there at a time: each is seen about four times
-_NUM_FULL_OPEN, _FULL_NEW_EACH_STEP = 400, 5.0  # the same where all of a step's are small
-_NUM_KEPT = len(SIZES_PX) * _NUM_OPEN + NUM_SMALL * _NUM_FULL_OPEN
+_NUM_OPEN, _NEW_EACH_STEP = 250, 2.0  # pictures of one size that are there at a time
+_NUM_KEPT = 2 * len(SIZES_PX) * _NUM_OPEN
 
 
 def live_frame(pixels: Pixels, config: VisionConfig) -> Pixels:
@@ -61,7 +60,14 @@ def show(scene: Scene, size_px: tuple[int, int], config: VisionConfig, rng: rand
     """Return a picture of `scene`, made smaller and cut as a live frame is."""
     pixels, places = draw_picture_and_places(scene, *size_px, rng)
     crops = cut_crops(torch.from_numpy(live_frame(pixels, config)), config, MAX_CROPS)
-    return Shown(scene, crops, label_positions(scene, places, crops.layout, size_px[0]))
+    return Shown(scene, crops, label_positions([(scene, places)], crops.layout, size_px[0]))
+
+
+def show_sheet(size_px: tuple[int, int], config: VisionConfig, rng: random.Random) -> Shown:
+    """Return a sheet of things, cut; what it shows is no scene."""
+    pixels, placed = draw_sheet(*size_px, rng)
+    crops = cut_crops(torch.from_numpy(pixels), config, MAX_CROPS)
+    return Shown(Scene(), crops, label_positions(placed, crops.layout, size_px[0]))
 
 
 class Gallery:
@@ -75,33 +81,29 @@ class Gallery:
         self._kept: OrderedDict[tuple[int, int, int, bool], Shown] = OrderedDict()
         self._lock = threading.Lock()
 
-    def draw_small_and_full(self, number: int, rng: random.Random) -> Shown:
-        """Return a small picture that is there at step `number`, without its grid, which is the whole.
-
-        It is as full as can be, and has two digits, which are the hardest to tell.
-        """
-        size_px = SIZES_PX[rng.randrange(NUM_SMALL)]
-        index = int(number * _FULL_NEW_EACH_STEP) + rng.randrange(_NUM_FULL_OPEN)
-        shown = self._take((*size_px, index), is_full=True)
-        crops = PictureCrops(shown.crops.layout, shown.crops.pixels[:1], shown.crops.mask[:1])
-        return Shown(shown.scene, crops, shown.things[:1])
+    def draw_sheet(self, number: int, rng: random.Random) -> Shown:
+        """Return a sheet of things that is there at step `number`, only its grid."""
+        size_px = rng.choice(SIZES_PX)
+        shown = self._take((*size_px, int(number * _NEW_EACH_STEP) + rng.randrange(_NUM_OPEN)), is_sheet=True)
+        crops = PictureCrops(shown.crops.layout, shown.crops.pixels[1:], shown.crops.mask[1:])
+        return Shown(shown.scene, crops, shown.things[1:])
 
     def draw(self, number: int, size_px: tuple[int, int], rng: random.Random) -> Shown:
         """Return one of the pictures of that size that are there at step `number`."""
         return self._take((*size_px, int(number * _NEW_EACH_STEP) + rng.randrange(_NUM_OPEN)))
 
-    def _take(self, size_and_index: tuple[int, int, int], *, is_full: bool = False) -> Shown:
-        key = (*size_and_index, is_full)
+    def _take(self, size_and_index: tuple[int, int, int], *, is_sheet: bool = False) -> Shown:
+        key = (*size_and_index, is_sheet)
         with self._lock:
             found = self._kept.pop(key, None)
         if found is None:
             own = random.Random(f"{self._seed}/picture/{key}")  # noqa: S311 - repeatable on purpose
-            scene = draw_scene(own, held_out=False)
-            while is_full and (len(scene.elements) < MAX_ELEMENTS or len(scene.display or ()) < len(DIGIT_PLACES)):
-                scene = draw_scene(own, held_out=False)
-            shown = show(scene, key[:2], self._config, own)
+            if is_sheet:
+                shown = show_sheet(key[:2], self._config, own)
+            else:
+                shown = show(draw_scene(own, held_out=False), key[:2], self._config, own)
             kept = PictureCrops(shown.crops.layout, shown.crops.pixels.half(), shown.crops.mask)
-            found = Shown(scene, kept, shown.things)
+            found = Shown(shown.scene, kept, shown.things)
         with self._lock:
             if key not in self._kept and len(self._kept) >= _NUM_KEPT:
                 self._kept.popitem(last=False)

@@ -15,13 +15,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.items import Frame
-from pipeline.teach.world import MAX_ELEMENTS, Scene
+from pipeline.teach.grammar import SIDES
+from pipeline.teach.world import MAX_ELEMENTS, Scene, draw_element
 from pipeline.timebase import SAMPLES_PER_MS
 
 MIN_SIDE_PX = 112
 """Below, four elements have no room."""
 
 MIN_ELEMENT_PX, MAX_ELEMENT_PX = 50, 66
+_SHEET_CELL_PX = 70
 MAX_SHIFT_PX = 2
 """How far a clip's camera moves."""
 
@@ -139,6 +141,34 @@ def draw_picture_and_places(
     return _draw(scene, width_px, height_px, look=rng.getrandbits(64), noise=rng.getrandbits(64))
 
 
+def draw_sheet(
+    width_px: int, height_px: int, rng: random.Random
+) -> tuple[Pixels, list[tuple[Scene, dict[str, Place]]]]:
+    """Return a picture as full of elements as it can be, and each of them as a scene of its own with its places.
+
+    Nobody describes that: it is to learn from what single things look like, wherever they are.
+
+    Raises:
+        ValueError: as `draw_picture`.
+    """
+    _check_size(width_px, height_px)
+    pixels = _floor(width_px, height_px, rng.getrandbits(64))
+    columns, rows = width_px // _SHEET_CELL_PX, height_px // _SHEET_CELL_PX
+    left, top = rng.random() * (width_px % _SHEET_CELL_PX), rng.random() * (height_px % _SHEET_CELL_PX)
+    found: list[tuple[Scene, dict[str, Place]]] = []
+    for index in range(columns * rows):
+        row, column = divmod(index, columns)
+        x, y = left + column * _SHEET_CELL_PX, top + row * _SHEET_CELL_PX
+        scene = draw_element(rng, SIDES[x + _SHEET_CELL_PX / 2 > width_px / 2])
+        side = rng.uniform(MIN_ELEMENT_PX, MAX_ELEMENT_PX)
+        room = _SHEET_CELL_PX - side
+        box = _Box(pixels, x + rng.random() * room, y + rng.random() * room, side)
+        [name] = scene.elements
+        _DRAWN[name](box, scene, rng)
+        found.append((scene, _places(box, name, scene)))
+    return _with_noise(pixels, rng.getrandbits(64)), found
+
+
 def draw_clip(
     scenes: Sequence[Scene],
     width_px: int,
@@ -170,8 +200,7 @@ def _draw(
     scene: Scene, width_px: int, height_px: int, *, look: int, noise: int, shift: tuple[int, int] = (0, 0)
 ) -> tuple[Pixels, dict[str, Place]]:
     """Return a picture of `scene` and its places: `look` decides what a clip keeps, `noise` what it does not."""
-    if min(width_px, height_px) < MIN_SIDE_PX:
-        raise ValueError(f"a picture of {width_px} x {height_px} pixels: give {MIN_SIDE_PX} or more on either side")
+    _check_size(width_px, height_px)
     if len(scene.elements) > MAX_ELEMENTS:
         raise ValueError(f"a scene of {len(scene.elements)} elements: a picture has room for {MAX_ELEMENTS}")
     pixels = _floor(width_px, height_px, look)
@@ -185,10 +214,19 @@ def _draw(
         box = _Box(pixels, min(max(0.0, x), width_px - side), min(max(0.0, y), height_px - side), side)
         _DRAWN[name](box, scene, rng)
         places |= _places(box, name, scene)
-    generator = np.random.default_rng(noise)
+    return _with_noise(pixels, noise), places
+
+
+def _check_size(width_px: int, height_px: int) -> None:
+    if min(width_px, height_px) < MIN_SIDE_PX:
+        raise ValueError(f"a picture of {width_px} x {height_px} pixels: give {MIN_SIDE_PX} or more on either side")
+
+
+def _with_noise(pixels: Pixels, seed: int) -> Pixels:
+    generator = np.random.default_rng(seed)
     noisy = pixels + generator.integers(-6, 7, pixels.shape, dtype=np.int16)
     picture: Pixels = np.clip(noisy, 0, 255).astype(np.uint8)
-    return picture, places
+    return picture
 
 
 def _places(box: _Box, name: str, scene: Scene) -> dict[str, Place]:

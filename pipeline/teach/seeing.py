@@ -31,10 +31,10 @@ from pipeline.teach.network import Network, Row
 from pipeline.teach.things import THINGS
 from pipeline.teach.world import draw_question
 
-_FULL_SHARE, _MATCHING_SHARE, _READING_SHARE, _SMALL_SHARE = 0.3, 0.5, 0.53, 0.58
-"""Of the stage: until when things are matched in small full pictures, and in larger ones too; until when the encoder
-rests while what it gives is read; until when only small pictures are read."""
-_FULL_AMONG_LARGER = 0.4
+_SHEETS_SHARE, _MATCHING_SHARE, _READING_SHARE, _SMALL_SHARE = 0.35, 0.47, 0.5, 0.55
+"""Of the stage: until when things are matched in sheets of them, and in scenes too; until when the encoder rests while
+what it gives is read; until when only small pictures are read."""
+_SCENES_AMONG_SHEETS = 0.5
 _MATCHING_WEIGHT = 0.2
 _FIRST_SCALE, _FIRST_BIAS = 8.0, -4.0  # a word is as near to itself as 1, about
 _BATCH_CROPS = 18
@@ -85,7 +85,7 @@ class Seeing:
     def part(self, number: int, rng: random.Random, progress: float) -> Part:
         """Return one part of step `number`."""
         if progress < _MATCHING_SHARE:
-            return self._matching_part(number, rng, has_larger=progress >= _FULL_SHARE)
+            return self._matching_part(number, rng, has_scenes=progress >= _SHEETS_SHARE)
         looks = self._draw_looks(number, rng, progress)
         pictures = [picture for look in looks for picture in look.pictures]
         with torch.set_grad_enabled(progress >= _READING_SHARE):
@@ -95,15 +95,14 @@ class Seeing:
         told = {"things": things.item(), "answers": answered.answer.item()}
         return Part(answered.answer + _MATCHING_WEIGHT * things, told, answered.num_tokens)
 
-    def _matching_part(self, number: int, rng: random.Random, *, has_larger: bool) -> Part:
+    def _matching_part(self, number: int, rng: random.Random, *, has_scenes: bool) -> Part:
         pictures: list[Shown] = []
         num_crops = 0
         while num_crops < _BATCH_CROPS:
-            is_full = not has_larger or rng.random() < _FULL_AMONG_LARGER
-            if is_full:
-                pictures.append(self._gallery.draw_small_and_full(number, rng))
+            if has_scenes and rng.random() < _SCENES_AMONG_SHEETS:
+                pictures.append(self._gallery.draw(number, rng.choice(SIZES_PX), rng))
             else:
-                pictures.append(self._gallery.draw(number, rng.choice(SIZES_PX[1:]), rng))
+                pictures.append(self._gallery.draw_sheet(number, rng))
             num_crops += len(pictures[-1].crops.pixels)
         seen = self._network.look([picture.crops for picture in pictures])
         loss = self._match(seen, pictures)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -36,15 +36,14 @@ def things_in(scene: Scene) -> dict[str, tuple[str, ...]]:
     return found
 
 
-def label_positions(scene: Scene, places: Mapping[str, Place], layout: CropLayout, width_px: int) -> Tensor:
+def label_positions(placed: Sequence[tuple[Scene, Mapping[str, Place]]], layout: CropLayout, width_px: int) -> Tensor:
     """Return which things are at which position: bool[crops, side / 2, side / 2, things], the whole first.
 
     A thing is where the centre of a position lies in its place, and at the position of its own centre. In the whole of
     several crops digits are too small to be read, and a crop does not know on which side of the whole it is.
 
     Args:
-        scene: what is in the picture.
-        places: where, in pixels of the picture.
+        placed: what is in the picture, and where, in its pixels.
         layout: how the picture was resized and cut.
         width_px: width of the picture before that.
     """
@@ -52,15 +51,22 @@ def label_positions(scene: Scene, places: Mapping[str, Place], layout: CropLayou
     whole = torch.zeros(side, side, len(THINGS), dtype=torch.bool)
     grid = torch.zeros(layout.rows * side, layout.columns * side, len(THINGS), dtype=torch.bool)
     is_small = layout.columns * layout.rows == 1
-    for name, things in things_in(scene).items():
-        place = places[name].scaled(scale, scale)
-        for thing in things:
-            if is_small or thing not in DIGITS:
-                _cover(whole[..., _THING[thing]], place.scaled(1 / layout.columns, 1 / layout.rows), layout)
-            if thing not in SIDES:
-                _cover(grid[..., _THING[thing]], place, layout)
+    for thing, place in _things_and_places(placed, scale):
+        if is_small or thing not in DIGITS:
+            _cover(whole[..., _THING[thing]], place.scaled(1 / layout.columns, 1 / layout.rows), layout)
+        if thing not in SIDES:
+            _cover(grid[..., _THING[thing]], place, layout)
     crops = grid.view(layout.rows, side, layout.columns, side, -1).transpose(1, 2).reshape(-1, *whole.shape)
     return torch.cat([whole[None], crops])
+
+
+def _things_and_places(
+    placed: Sequence[tuple[Scene, Mapping[str, Place]]], scale: float
+) -> Iterator[tuple[str, Place]]:
+    for scene, places in placed:
+        for name, things in things_in(scene).items():
+            for thing in things:
+                yield thing, places[name].scaled(scale, scale)
 
 
 def _cover(positions: Tensor, place: Place, layout: CropLayout) -> None:

@@ -41,6 +41,7 @@ __all__ = [
     "Scene",
     "Shape",
     "describe_scenes",
+    "draw_element",
     "draw_question",
     "draw_report",
     "draw_saying",
@@ -274,6 +275,13 @@ def draw_scene(rng: random.Random, *, held_out: bool | None = None) -> Scene:
         scene = replace(Scene(), **{name: _draw_element(rng, name) for name in names})
         if held_out is None or is_held_out(scene.description) == held_out:
             return scene
+
+
+def draw_element(rng: random.Random, side: str) -> Scene:
+    """Return a scene of one element, a display as often as not; a shape is on `side`."""
+    name = rng.choices(ELEMENTS, [len(ELEMENTS) - 1 if name == "display" else 1 for name in ELEMENTS])[0]
+    value = _draw_element(rng, name)
+    return replace(Scene(), **{name: replace(value, side=side) if name == "shape" else value})
 
 
 def draw_scene_change(rng: random.Random, scene: Scene) -> Scene:
