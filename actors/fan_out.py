@@ -68,6 +68,8 @@ class FanOut:
         self._feeds: dict[str, _Feed] = {}
         self._readers: set[Reader] = set()
         self._tasks: set[asyncio.Task[None]] = set()
+        self.num_slow = 0
+        """How many readers were closed because too much waited for them."""
         self._has_left = asyncio.Event()
         self._is_closing = False
         # A feed blocks its connection; pages must not wait behind feeds.
@@ -261,6 +263,7 @@ class Reader:
         if not self._backlog.push(entry):
             self._backlog.clear()
             self.close(_SLOW)
+            self._hub.num_slow += 1
         self._wake.set()
 
     def close(self, end: End) -> None:

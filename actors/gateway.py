@@ -274,6 +274,8 @@ class Gateway:
         """Return all metrics in Prometheus' text format."""
         if self._publisher is not None:
             self._metrics.duplicates.set(self._publisher.counters.duplicates)
+        if self._fan_out is not None:
+            self._metrics.on_readers(self._fan_out)
         return self._metrics.render()
 
     # -- starting ---------------------------------------------------------------------------------

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from actors.cadence import CadencePolicy
 from pipeline.items import Failure, Hypothesis, Job, Outcome, Snapshot
 from pipeline.records import BaseRecord, FinalRecord, PartialRecord
+
+if TYPE_CHECKING:
+    from actors.fan_out import FanOut
 
 _LATENCY_MS = (5, 10, 20, 40, 80, 160, 320, 640, 1_280, 2_560, 5_120, 10_240, 30_000)
 _JOB_MS = (40, 160, 640, 1_280, 2_560, 5_120, 10_240, 30_000, 60_000, 120_000, 300_000)
@@ -47,6 +52,13 @@ class Metrics:
         )
         self.keyframes_dropped = self._counter(
             "surtitle_keyframes_dropped", "Keyframes that nobody looked at because a newer one came first"
+        )
+        self.readers = Gauge("surtitle_readers", "Clients that follow a stream over HTTP", registry=self.registry)
+        self.streams_watched = Gauge("surtitle_streams_watched", "Streams that they follow", registry=self.registry)
+        self.slow_readers = Gauge(
+            "surtitle_slow_readers",
+            "Clients closed because too much waited for them, since the start",
+            registry=self.registry,
         )
         self.jobs_waiting = Gauge("surtitle_jobs_waiting", "Jobs that wait for a call", registry=self.registry)
         self.job_ms = Histogram(
@@ -112,6 +124,12 @@ class Metrics:
         self.cadence_target_ms.set(policy.cadence_ms)
         self.stage_utilisation.labels(stage="encoder").set(policy.encoder_utilisation)
         self.stage_utilisation.labels(stage="decoder").set(policy.decoder_utilisation)
+
+    def on_readers(self, fan_out: FanOut) -> None:
+        """Show who follows streams now."""
+        self.readers.set(fan_out.num_readers)
+        self.streams_watched.set(fan_out.num_feeds)
+        self.slow_readers.set(fan_out.num_slow)
 
     def forget(self, stream_id: str) -> None:
         """Drop what is remembered of a stream that has ended."""

@@ -105,7 +105,7 @@ class EventStream(StreamingResponse):
     """A reader's events as Server-Sent Events. However the response ends, the reader leaves."""
 
     def __init__(self, reader: Reader, stream_id: str, *, heartbeat_s: float = _HEARTBEAT_S) -> None:
-        self._reader = reader
+        self.reader = reader
         headers = _PRIVATE | {"X-Accel-Buffering": "no"}
         super().__init__(
             _server_sent_events(reader, stream_id, heartbeat_s), headers=headers, media_type="text/event-stream"
@@ -116,7 +116,7 @@ class EventStream(StreamingResponse):
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self._reader.leave()
+            self.reader.leave()
 
 
 async def _server_sent_events(reader: Reader, stream_id: str, heartbeat_s: float) -> AsyncIterator[str]:
