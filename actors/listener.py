@@ -6,13 +6,14 @@ import socket
 
 from pipeline.errors import ServiceError
 
-
 _UNTAKEN_TIMEOUT_MS = 30_000
 """A client that takes nothing for so long is disconnected: otherwise it would hold its connection for ever."""
 
 
 def listen(host: str, port: int, *, untaken_timeout_ms: int = _UNTAKEN_TIMEOUT_MS) -> socket.socket:
     """Return a socket that listens on `host`:`port` (0: a free one).
+
+    The kernel disconnects a client that takes nothing of what it was sent for `untaken_timeout_ms` (Linux).
 
     Raises:
         ServiceError: if the address cannot be listened on.

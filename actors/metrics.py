@@ -53,12 +53,10 @@ class Metrics:
         self.keyframes_dropped = self._counter(
             "surtitle_keyframes_dropped", "Keyframes that nobody looked at because a newer one came first"
         )
-        self.readers = Gauge("surtitle_readers", "Clients that follow a stream over HTTP", registry=self.registry)
-        self.streams_watched = Gauge("surtitle_streams_watched", "Streams that they follow", registry=self.registry)
-        self.slow_readers = Gauge(
-            "surtitle_slow_readers",
-            "Clients closed because too much waited for them, since the start",
-            registry=self.registry,
+        self.readers = self._gauge("surtitle_readers", "Clients that follow a stream over HTTP")
+        self.streams_watched = self._gauge("surtitle_streams_watched", "Streams that they follow")
+        self.slow_readers = self._gauge(
+            "surtitle_slow_readers", "Clients closed because they read too slowly"
         )
         self.jobs_waiting = Gauge("surtitle_jobs_waiting", "Jobs that wait for a call", registry=self.registry)
         self.job_ms = Histogram(
@@ -137,6 +135,9 @@ class Metrics:
 
     def _counter(self, name: str, help_text: str, *labels: str) -> Counter:
         return Counter(name, help_text, labels, registry=self.registry)
+
+    def _gauge(self, name: str, help_text: str) -> Gauge:
+        return Gauge(name, help_text, registry=self.registry)
 
     def _histogram(self, name: str, help_text: str) -> Histogram:
         return Histogram(name, help_text, buckets=_LATENCY_MS, registry=self.registry)
