@@ -133,8 +133,9 @@ async def test_two_readers_share_one_connection_which_goes_with_the_last(
         assert sequences(await readers[1].read(PATIENCE_S)) == [2]
         readers[1].leave()
         assert (hub.num_feeds, hub.num_readers) == (0, 0)
-        while await num_blocked(embedded_redis) != 0:
-            pass
+        while any(task.get_name() == "feed-s" for task in asyncio.all_tasks()):  # noqa: ASYNC110 - it is cancelled
+            await asyncio.sleep(0)
+        assert await num_blocked(embedded_redis) == 0
 
 
 async def test_a_slow_reader_is_closed_and_goes_on_without_loss_and_harms_nobody(
@@ -196,11 +197,9 @@ async def test_what_was_trimmed_keeps_nobody_from_going_on(
     await embedded_redis.client().xtrim("surtitle:{s}:partials", maxlen=0, approximate=False)
     late = await hub.join("s")
     assert sorted(by_key(await late.read(PATIENCE_S))) == ["transcripts", "translations"]
-    await write_finals(writer, 4, 4)
+    await writer.publish(final("s", 4))
     await write_end(writer)
-    assert {kind: len(found) for kind, found in by_key(await rest_of(late)).items()} == dict.fromkeys(
-        ("partials", "transcripts", "translations", "health"), 1
-    )
+    assert [event.kind for event in await rest_of(late)] == ["transcripts", "health"]
     holding.leave()
 
 
