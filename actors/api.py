@@ -1,4 +1,7 @@
-"""The HTTP API of the gateway: health, metrics, streams, questions. It describes itself at /docs and /openapi.json."""
+"""The HTTP API of the gateway: health, metrics, streams, questions. It describes itself at /docs and /openapi.json.
+
+What streams say is in `actors/outlets.py`.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +24,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from actors.listener import listen
+from actors.outlets import add_outlets
 from actors.questions import Answer, AskSpec, StreamQuestion, SummariseSpec
 from actors.spec import StreamSpec, StreamStatus
 from pipeline.errors import (
@@ -104,6 +108,7 @@ def create_api(gateway: Gateway) -> FastAPI:
     async def summarise(spec: SummariseSpec) -> Answer:
         return await gateway.summarise(spec)
 
+    add_outlets(api, gateway)
     return api
 
 

@@ -1,4 +1,4 @@
-"""The reading side of the store: follow one stream, list them all. Needs no publisher and changes nothing.
+"""The reading side of the store: follow a stream, or read what is kept of it. Needs no publisher and changes nothing.
 
 Every read names the last id seen of every key, so that a reader that loses its connection, or the whole server, goes on
 where it was, and nothing is missed between two reads.
@@ -11,7 +11,8 @@ import json
 import random
 import re
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
@@ -21,15 +22,7 @@ from redis.exceptions import RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from actors.entries import NO_ID
-from actors.store import (
-    END_STATES,
-    INDEX_KEY,
-    LIVE_KEY,
-    KeyKind,
-    StreamKeys,
-    cancellable,
-    translations_name,
-)
+from actors.store import END_STATES, KeyKind, StreamKeys, cancellable, translations_name
 from pipeline.errors import ConfigError, StoreError, StreamNotFound
 from pipeline.records import SCHEMA_VERSION, Record, record_from_fields
 
@@ -96,7 +89,7 @@ async def follow(
     until_ended: bool = True,
     revive_store: Callable[[], Awaitable[None]] | None = None,
     outage_limit_s: float | None = None,
-) -> AsyncIterator[Followed]:
+) -> AsyncGenerator[Followed, None]:
     """Yield the entries of a stream, those that are there and those that come, each key in its order.
 
     Across keys the order is that of `emitted_at`. `after` resumes behind a position; without one, reading begins at the
@@ -110,7 +103,7 @@ async def follow(
         StreamNotFound: if there is no such stream.
         StoreError: if the store refuses, or stays away for longer than `outage_limit_s`.
     """
-    follower = _Follower(client, StreamKeys(stream_id), _checked(kinds), until_ended=until_ended)
+    follower = _Follower(client, StreamKeys(stream_id), checked_kinds(kinds), until_ended=until_ended)
     outage = _Outage(revive_store, outage_limit_s)
     start = Position.parse(after) if isinstance(after, str) else after
     is_begun = False
@@ -127,15 +120,84 @@ async def follow(
             raise StoreError(f"Redis refuses to read stream {stream_id}: {exc}") from exc
         outage.end()
         for read in page:
-            follower.advance(read)
-            if KeyKind(read.name.partition(":")[0]) in follower.kinds:
-                record = _record_of(stream_id, read)
-                yield Followed(read.name, read.entry_id, record, str(follower.position))
+            followed = follower.hand_on(read)
+            if followed is not None:
+                yield followed
         if follower.is_over:
             return
 
 
-def _checked(kinds: Collection[str]) -> frozenset[KeyKind]:
+class KeptReader:
+    """Reads what is kept of a stream now, a page at a time; it waits for nothing and blocks no connection.
+
+    Raises:
+        ConfigError: if the id or a kind is not usable.
+    """
+
+    def __init__(
+        self,
+        client: redis.Redis,
+        stream_id: str,
+        kinds: Collection[str] = ALL_KINDS,
+        *,
+        after: Position | None = None,
+    ) -> None:
+        self._follower = _Follower(client, StreamKeys(stream_id), checked_kinds(kinds), until_ended=False)
+        self._after = after
+        self._is_begun = False
+
+    @property
+    def languages(self) -> tuple[str, ...]:
+        """The target languages of the stream, as of the last read."""
+        return self._follower.languages
+
+    async def read(self) -> list[Followed]:
+        """Return what comes next, in order; empty when everything that is kept was read, as of now.
+
+        Raises:
+            StreamNotFound: if there is no such stream.
+            StoreError: if the store refuses or does not answer.
+        """
+        with _told_as_store_error(self._follower.stream_id):
+            if not self._is_begun:
+                await cancellable(self._follower.begin(self._after, from_start=True))
+                self._is_begun = True
+            while page := await cancellable(self._follower.read_kept()):
+                if found := list(filter(None, map(self._follower.hand_on, page))):
+                    return found
+        return []
+
+
+async def newest_position(client: redis.Redis, stream_id: str) -> Position:
+    """Return the position behind the newest entry of every key.
+
+    Raises:
+        ConfigError: if the id is not usable.
+        StreamNotFound: if there is no such stream.
+        StoreError: if the store refuses or does not answer.
+    """
+    follower = _Follower(client, StreamKeys(stream_id), ALL_KINDS, until_ended=False)
+    with _told_as_store_error(stream_id):
+        await cancellable(follower.begin(None, from_start=False))
+    return follower.position
+
+
+@contextmanager
+def _told_as_store_error(stream_id: str) -> Iterator[None]:
+    try:
+        yield
+    except (RedisConnectionError, RedisTimeoutError, OSError) as exc:
+        raise StoreError(f"Redis does not answer: {exc}") from exc
+    except RedisError as exc:
+        raise StoreError(f"Redis refuses to read stream {stream_id}: {exc}") from exc
+
+
+def checked_kinds(kinds: Collection[str]) -> frozenset[KeyKind]:
+    """Return `kinds` as what they are.
+
+    Raises:
+        ConfigError: if one is no kind of entry.
+    """
     if unknown := sorted(set(kinds) - ALL_KINDS):
         raise ConfigError(f"{unknown[0]!r} is no kind of entry: choose from {', '.join(sorted(ALL_KINDS))}")
     return frozenset(KeyKind(kind) for kind in kinds)
@@ -187,14 +249,15 @@ class _Follower:
     """The state of one reader."""
 
     def __init__(self, client: redis.Redis, keys: StreamKeys, kinds: frozenset[KeyKind], *, until_ended: bool) -> None:
-        self.kinds = kinds
+        self.stream_id = keys.stream_id
+        self.languages: tuple[str, ...] = ()
+        self._kinds = kinds
         self._until_ended = until_ended
         self.is_over = False
         self._client = client
         self._keys = keys
         self._last_ids: dict[str, str] = {}
         self._has_seen_end = False
-        self._languages: tuple[str, ...] = ()
         timeout_s = client.connection_pool.connection_kwargs.get("socket_timeout") or _DEFAULT_SOCKET_TIMEOUT_S
         # A read that blocks for as long as the socket's patience ends in an error instead of an answer.
         self._block_ms = max(1, min(_BLOCK_MAX_MS, int(timeout_s * 1_000 / 2)))
@@ -202,7 +265,7 @@ class _Follower:
     @property
     def position(self) -> Position:
         """What was read of the kinds that the reader asked for."""
-        return Position({name: last for name, last in self._last_ids.items() if name.partition(":")[0] in self.kinds})
+        return Position({name: last for name, last in self._last_ids.items() if name.partition(":")[0] in self._kinds})
 
     async def begin(self, start: Position | None, *, from_start: bool) -> None:
         """Find the keys and where to read them from."""
@@ -236,15 +299,27 @@ class _Follower:
             self.is_over = not page
         return page
 
-    def advance(self, read: _Read) -> None:
-        """Take note that `read` was handed on."""
+    async def read_kept(self) -> list[_Read]:
+        """Return what comes next of what is there already, in order; empty behind the newest entry."""
+        page = await self._read_page(block_ms=None)
+        if page and not any(_is_end(read) for read in page):
+            return page
+        known = self._names()
+        await self._read_state()
+        return page if self._names() == known else await self._read_page(block_ms=None)
+
+    def hand_on(self, read: _Read) -> Followed | None:
+        """Take note that `read` is handed on and return it as the reader gets it; None if he did not ask for it."""
         self._last_ids[read.name] = read.entry_id
         if read.name == KeyKind.HEALTH:
             self._has_seen_end = _is_end(read)
+        if read.name.partition(":")[0] not in self._kinds:
+            return None
+        return Followed(read.name, read.entry_id, _record_of(self.stream_id, read), str(self.position))
 
     async def _read_state(self) -> str | None:
         state, languages = await self._client.hmget(self._keys.state, ["state", "target_languages"])
-        self._languages = tuple(json.loads(languages)) if languages else self._languages
+        self.languages = tuple(json.loads(languages)) if languages else self.languages
         return None if state is None else str(state)
 
     async def _newest_id(self, name: str) -> str:
@@ -254,10 +329,10 @@ class _Follower:
         return str(info["last-generated-id"])
 
     def _names(self) -> list[str]:
-        wanted = self.kinds | {KeyKind.HEALTH}  # it says when the stream is over
+        wanted = self._kinds | {KeyKind.HEALTH}  # it says when the stream is over
         names = {kind.value for kind in wanted if kind is not KeyKind.TRANSLATIONS}
         if KeyKind.TRANSLATIONS in wanted:
-            names |= {translations_name(language) for language in self._languages}
+            names |= {translations_name(language) for language in self.languages}
             names |= {name for name in self._last_ids if name.startswith(KeyKind.TRANSLATIONS)}
         return sorted(names)
 
@@ -292,63 +367,3 @@ def merge(pages: Mapping[str, list[_Read]]) -> list[_Read]:
     keyed.sort(key=lambda item: item[0])
     limit = min(limits, default=None)
     return [read for (emitted_at, _, _), read in keyed if limit is None or emitted_at <= limit]
-
-
-@dataclass(frozen=True, slots=True)
-class StreamSummary:
-    """One stream as `surtitle streams` shows it."""
-
-    stream_id: str
-    state: str  # "live", "ended", "failed", or "lost": its owner stopped renewing without an end
-    started_at: str
-    ended_at: str | None
-    tier: str
-    owner: str
-    epoch: int
-    target_languages: tuple[str, ...]
-    covered_ms: int
-    num_finals: int  # kept now
-    last_final_at: str | None
-
-
-async def list_streams(client: redis.Redis, *, max_streams: int = 1_000) -> list[StreamSummary]:
-    """Return the streams that the store knows, newest claim first.
-
-    Raises:
-        StoreError: if the store does not answer or refuses.
-    """
-    try:
-        index: Any = await client.xrevrange(INDEX_KEY, count=10 * max_streams)
-        live: Any = await client.smembers(LIVE_KEY)
-        stream_ids = list(dict.fromkeys([*(fields["stream"] for _, fields in index), *sorted(live)]))[:max_streams]
-        seconds, microseconds = await client.time()
-        now_ms = seconds * 1_000 + microseconds // 1_000
-        summaries = [await _summary(client, StreamKeys(stream_id), now_ms) for stream_id in stream_ids]
-    except (RedisError, OSError) as exc:
-        raise StoreError(f"Redis cannot list its streams: {exc}") from exc
-    return [summary for summary in summaries if summary is not None]
-
-
-async def _summary(client: redis.Redis, keys: StreamKeys, now_ms: int) -> StreamSummary | None:
-    async with client.pipeline(transaction=False) as pipeline:
-        pipeline.hgetall(keys.state)
-        pipeline.xlen(keys.key(KeyKind.TRANSCRIPTS))
-        stored, num_finals = await pipeline.execute()
-    if not stored:
-        return None
-    state = stored.get("state", "live")
-    if state == "live" and int(stored.get("lease_until_ms", 0)) < now_ms:
-        state = "lost"
-    return StreamSummary(
-        stream_id=keys.stream_id,
-        state=state,
-        started_at=stored.get("started_at", ""),
-        ended_at=stored.get("ended_at"),
-        tier=stored.get("tier", ""),
-        owner=stored.get("owner", ""),
-        epoch=int(stored.get("epoch", 0)),
-        target_languages=tuple(json.loads(stored.get("target_languages", "[]"))),
-        covered_ms=int(stored.get("covered_ms", 0)),
-        num_finals=num_finals,
-        last_final_at=stored.get("last_final_at"),
-    )

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
+from actors.fan_out import FanOut
 from actors.metrics import Metrics
 from actors.publisher import Publisher
 from actors.questions import Answer, AskSpec, Questions, SummariseSpec, video_params
@@ -72,6 +73,7 @@ class Gateway:
         self._publisher: Publisher | None = None
         self._stages: Stages | None = None
         self._questions: Questions | None = None
+        self._fan_out: FanOut | None = None
         self._decoders = DecoderProcesses()
         self._running: dict[str, _Running] = {}
         self._statuses: OrderedDict[str, StreamStatus] = OrderedDict()
@@ -99,6 +101,7 @@ class Gateway:
             slot_tokens = self._settings.decoder.slot_tokens
             self._questions = Questions(stages, self._settings.audio, self._decoders, slot_tokens=slot_tokens)
             self._publisher = await self._exits.enter_async_context(Publisher(store))
+            self._fan_out = await self._exits.enter_async_context(FanOut(store))
         except BaseExceptionGroup as group_of_errors:
             await self._exits.aclose()
             raise group_of_errors.exceptions[0] from group_of_errors
@@ -117,6 +120,17 @@ class Gateway:
     def retry_after_s(self) -> int:
         """What a refused client is told to wait."""
         return self._settings.service.retry_after_s
+
+    @property
+    def fan_out(self) -> FanOut:
+        """The readers of all streams.
+
+        Raises:
+            ServiceError: if the gateway has not started.
+        """
+        if self._fan_out is None:
+            raise ServiceError("the gateway has not started yet: try again in some seconds")
+        return self._fan_out
 
     async def info(self) -> GatewayInfo:
         """Return what this gateway is.
@@ -260,6 +274,8 @@ class Gateway:
         """Return all metrics in Prometheus' text format."""
         if self._publisher is not None:
             self._metrics.duplicates.set(self._publisher.counters.duplicates)
+        if self._fan_out is not None:
+            self._metrics.on_readers(self._fan_out)
         return self._metrics.render()
 
     # -- starting ---------------------------------------------------------------------------------

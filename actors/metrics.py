@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from actors.cadence import CadencePolicy
 from pipeline.items import Failure, Hypothesis, Job, Outcome, Snapshot
 from pipeline.records import BaseRecord, FinalRecord, PartialRecord
+
+if TYPE_CHECKING:
+    from actors.fan_out import FanOut
 
 _LATENCY_MS = (5, 10, 20, 40, 80, 160, 320, 640, 1_280, 2_560, 5_120, 10_240, 30_000)
 _JOB_MS = (40, 160, 640, 1_280, 2_560, 5_120, 10_240, 30_000, 60_000, 120_000, 300_000)
@@ -47,6 +52,11 @@ class Metrics:
         )
         self.keyframes_dropped = self._counter(
             "surtitle_keyframes_dropped", "Keyframes that nobody looked at because a newer one came first"
+        )
+        self.readers = self._gauge("surtitle_readers", "Clients that follow a stream over HTTP")
+        self.streams_watched = self._gauge("surtitle_streams_watched", "Streams that they follow")
+        self.slow_readers = self._gauge(
+            "surtitle_slow_readers", "Clients closed because they read too slowly"
         )
         self.jobs_waiting = Gauge("surtitle_jobs_waiting", "Jobs that wait for a call", registry=self.registry)
         self.job_ms = Histogram(
@@ -113,12 +123,21 @@ class Metrics:
         self.stage_utilisation.labels(stage="encoder").set(policy.encoder_utilisation)
         self.stage_utilisation.labels(stage="decoder").set(policy.decoder_utilisation)
 
+    def on_readers(self, fan_out: FanOut) -> None:
+        """Show who follows streams now."""
+        self.readers.set(fan_out.num_readers)
+        self.streams_watched.set(fan_out.num_feeds)
+        self.slow_readers.set(fan_out.num_slow)
+
     def forget(self, stream_id: str) -> None:
         """Drop what is remembered of a stream that has ended."""
         self._last_end_ms.pop(stream_id, None)
 
     def _counter(self, name: str, help_text: str, *labels: str) -> Counter:
         return Counter(name, help_text, labels, registry=self.registry)
+
+    def _gauge(self, name: str, help_text: str) -> Gauge:
+        return Gauge(name, help_text, registry=self.registry)
 
     def _histogram(self, name: str, help_text: str) -> Histogram:
         return Histogram(name, help_text, buckets=_LATENCY_MS, registry=self.registry)

@@ -213,14 +213,14 @@ class Store:
         if self._embedded is not None:
             await asyncio.to_thread(self._embedded.ensure_running)
 
-    def client(self) -> redis.Redis:
+    def client(self, *, max_connections: int | None = None) -> redis.Redis:
         """Return a new client (strings decoded, bounded pool, no retries), closed together with the store.
 
-        Give readers that block (XREAD BLOCK) a client of their own.
+        Give readers that block (XREAD BLOCK) a client of their own, and `max_connections` for as many as may block.
         """
         pool = redis.BlockingConnectionPool.from_url(
             self.url,
-            max_connections=self.params.max_connections,
+            max_connections=max_connections or self.params.max_connections,
             timeout=self.params.command_timeout_ms / 1_000,
             socket_connect_timeout=self.params.connect_timeout_ms / 1_000,
             socket_timeout=self.params.command_timeout_ms / 1_000,

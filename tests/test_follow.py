@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from actors.follow import Position, follow, list_streams
+from actors.follow import Position, follow
 from actors.publisher import Publisher
 from actors.store import KeyKind, RedisParams, Store
+from actors.stream_list import list_streams
 from pipeline.errors import ConfigError, StoreError, StreamNotFound
 from tests.stores import STARTED_AT, collect, final, health, kill_server, partial, translation
 

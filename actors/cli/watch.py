@@ -17,9 +17,10 @@ from actors.cli.console import note
 from actors.cli.interrupts import Interrupts
 from actors.cli.options import OutputFormat
 from actors.cli.printers import open_printer
-from actors.follow import ALL_KINDS, Position, StreamSummary, follow, list_streams
+from actors.follow import ALL_KINDS, Position, follow
 from actors.settings import Settings
 from actors.store import KeyKind, Store, translations_name
+from actors.stream_list import StreamSummary, list_streams
 from pipeline.records import HealthRecord
 from pipeline.text.captions import short_clock
 

@@ -1,4 +1,4 @@
-"""Finals to caption files: WebVTT (https://www.w3.org/TR/webvtt1/), SRT and plain text. Pure functions.
+"""Finals or translations to caption files: WebVTT (https://www.w3.org/TR/webvtt1/), SRT, plain text. Pure functions.
 
 A cue has at most two lines of 42 columns (the usual limit of subtitles for broadcast; a wide East Asian character
 takes two columns) and stays for seven seconds at most. Its times are those of its first and last word.
@@ -17,6 +17,10 @@ MAX_COLUMNS = 42
 MAX_LINES = 2
 MAX_CUE_MS = 7_000
 _SENTENCE_END = (".", "?", "!", "…", "。", "？", "！")  # noqa: RUF001 - full-width marks are meant
+
+
+Spoken = FinalRecord | TranslationRecord
+"""What a caption can be made of: a final, or its translation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +54,7 @@ def columns_of(text: str) -> int:
     )
 
 
-def to_cues(finals: Iterable[FinalRecord]) -> list[Cue]:
+def to_cues(finals: Iterable[Spoken]) -> list[Cue]:
     """Return the cues of `finals`, ordered by start. Cues of one channel never overlap; empty finals give none."""
     cues: list[Cue] = []
     free_from_ms: dict[int, int] = defaultdict(int)
@@ -63,7 +67,7 @@ def to_cues(finals: Iterable[FinalRecord]) -> list[Cue]:
     return sorted(cues, key=lambda cue: (cue.start_ms, cue.end_ms, cue.channel))
 
 
-def to_webvtt(finals: Iterable[FinalRecord], gaps: Iterable[HealthRecord] = ()) -> str:
+def to_webvtt(finals: Iterable[Spoken], gaps: Iterable[HealthRecord] = ()) -> str:
     """Return a WebVTT file; several channels are told apart by voices, lost sound (`gaps`) is noted where it was."""
     cues = to_cues(finals)
     has_voices = len({cue.channel for cue in cues}) > 1
@@ -76,7 +80,7 @@ def to_webvtt(finals: Iterable[FinalRecord], gaps: Iterable[HealthRecord] = ()) 
     return "\n\n".join(["WEBVTT", *(block for _, _, block in sorted(blocks))]) + "\n"
 
 
-def to_srt(finals: Iterable[FinalRecord]) -> str:
+def to_srt(finals: Iterable[Spoken]) -> str:
     """Return a SubRip file; several channels are told apart by a dash and the channel's number."""
     cues = to_cues(finals)
     has_voices = len({cue.channel for cue in cues}) > 1
@@ -89,7 +93,7 @@ def to_srt(finals: Iterable[FinalRecord]) -> str:
     return "\n".join(blocks)
 
 
-def to_text(finals: Iterable[FinalRecord], translations: Iterable[TranslationRecord] = ()) -> str:
+def to_text(finals: Iterable[Spoken], translations: Iterable[TranslationRecord] = ()) -> str:
     """Return one line a final, its translations indented below."""
     below: dict[int, list[TranslationRecord]] = defaultdict(list)
     for translation in translations:
@@ -102,7 +106,7 @@ def to_text(finals: Iterable[FinalRecord], translations: Iterable[TranslationRec
     return "".join(f"{line}\n" for line in lines)
 
 
-def final_line(final: FinalRecord) -> str:
+def final_line(final: Spoken) -> str:
     """Return `[mm:ss.mmm] text`."""
     channel = f"(channel {final.channel + 1}) " if final.channel else ""
     return f"[{short_clock(final.start_ms)}] {channel}{_clean(final.text)}"
@@ -147,7 +151,7 @@ def _note_of(gap: HealthRecord) -> str:
     return f"NOTE gap {_clock(gap.start_ms, '.')} to {_clock(gap.end_ms, '.')} {reason}".rstrip()
 
 
-def _units_of(final: FinalRecord) -> list[_Unit]:
+def _units_of(final: Spoken) -> list[_Unit]:
     """Cut the text at spaces, and where a run without spaces is wider than a line; give each piece its times."""
     parts = _clean(final.text).split()
     times = _char_times(final, "".join(parts))
@@ -161,7 +165,7 @@ def _units_of(final: FinalRecord) -> list[_Unit]:
     return units
 
 
-def _char_times(final: FinalRecord, chars: str) -> list[tuple[int, int]]:
+def _char_times(final: Spoken, chars: str) -> list[tuple[int, int]]:
     """Return start and end of every character that is not a space: from the words where they are the text's."""
     words = [("".join(_clean(word.text).split()), word.start_ms, word.end_ms) for word in final.words]
     if "".join(text for text, _, _ in words) != chars:
