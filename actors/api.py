@@ -1,4 +1,7 @@
-"""The HTTP API of the gateway: health, metrics, streams, questions. It describes itself at /docs and /openapi.json."""
+"""The HTTP API of the gateway: health, metrics, streams, questions, transcriptions.
+
+It describes itself at /docs and /openapi.json.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +26,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from actors.listener import listen
 from actors.questions import Answer, AskSpec, StreamQuestion, SummariseSpec
 from actors.spec import StreamSpec, StreamStatus
+from actors.transcriptions import create_router
 from pipeline.errors import (
     CapacityExceeded,
     ConfigError,
@@ -104,6 +108,7 @@ def create_api(gateway: Gateway) -> FastAPI:
     async def summarise(spec: SummariseSpec) -> Answer:
         return await gateway.summarise(spec)
 
+    api.include_router(create_router(gateway))
     return api
 
 
