@@ -13,6 +13,7 @@ import tempfile
 import threading
 from collections.abc import AsyncIterator, Coroutine, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,10 +33,12 @@ from actors.store import KeyKind, RedisParams, Store
 from actors.transcript_formats import Transcript
 from actors.uploads import Uploads
 from pipeline.errors import RequestRefused, UploadTooLarge
+from pipeline.models.weights import ModelParams
 from pipeline.records import FinalRecord
 from pipeline.text.language_names import language_name
 from tests.media import read_pcm, write_pcm
 from tests.stores import final, kill_server
+from tests.tiny_whisper import save_tiny
 
 T = TypeVar("T")
 
@@ -52,10 +55,7 @@ class Service:
     url: str
     uploads: Path
     redis: RedisParams
-
-    @property
-    def client(self) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60)
+    client: openai.OpenAI
 
     def do(self, work: Coroutine[Any, Any, T]) -> T:
         return asyncio.run_coroutine_threadsafe(work, self.loop).result(60)
@@ -92,7 +92,8 @@ def service() -> Iterator[Service]:
     try:
         info = asyncio.run_coroutine_threadsafe(gateway.start(serves_http=True), loop).result(60)
         assert info.http_url is not None
-        yield Service(gateway, loop, info.http_url, data_dir / "uploads", redis)
+        with openai.OpenAI(base_url=f"{info.http_url}/v1", api_key="none", max_retries=0, timeout=60) as client:
+            yield Service(gateway, loop, info.http_url, data_dir / "uploads", redis, client)
     finally:
         asyncio.run_coroutine_threadsafe(gateway.aclose(), loop).result(60)
         loop.call_soon_threadsafe(loop.stop)
@@ -187,19 +188,17 @@ def test_silence_has_no_text(service: Service, silence: Path) -> None:
     assert [event.type for event in events] == ["transcript.text.done"]
 
 
-def test_deltas_add_up_to_the_text_and_the_file_is_for_its_owner_alone(service: Service, clip: Path) -> None:
-    deltas, done, modes = [], [], set()
+def test_deltas_add_up_to_the_text(service: Service, clip: Path) -> None:
+    deltas, done = [], []
     for event in service.client.audio.transcriptions.create(file=clip, model=MODEL, stream=True, language="en"):
         if event.type == "transcript.text.delta":
             deltas.append(event.delta)
-            modes |= {stat.S_IMODE(path.stat().st_mode) for path in service.kept_files()}
         else:
             assert event.type == "transcript.text.done"
             done.append(event.text)
     assert len(deltas) >= 2
     assert done == ["".join(deltas)]
     assert words_of(done[0]) == words_of(SAID)
-    assert modes <= {0o600}
 
 
 def test_a_model_that_is_not_loaded_is_told_with_the_one_that_is(service: Service, silence: Path) -> None:
@@ -244,7 +243,9 @@ def test_what_cannot_be_honoured_is_named(
 
 def test_what_changes_nothing_is_accepted(service: Service, silence: Path) -> None:
     create: Any = service.client.audio.transcriptions.create
-    assert create(file=silence, model=MODEL, temperature=0, prompt="", chunking_strategy="auto", stream=False).text == ""
+    assert (
+        create(file=silence, model=MODEL, temperature=0, prompt="", chunking_strategy="auto", stream=False).text == ""
+    )
 
 
 def test_what_is_no_media_is_told_without_a_place_on_this_machine(service: Service, tmp_path: Path) -> None:
@@ -283,7 +284,9 @@ def test_a_client_that_leaves_stops_its_stream(service: Service, long_speech: Pa
     assert next(iter(events)).type == "transcript.text.delta"
     status = service.newest()
     assert status.state == "live"
-    assert len(service.kept_files()) == 1
+    (kept,) = service.kept_files()
+    assert stat.S_IMODE(kept.stat().st_mode) == 0o600
+    assert list(service.uploads.iterdir()) == []  # it has no name
     events.response.close()
     status = service.do(service.gateway.wait_stream(status.stream_id))
     assert (status.state, status.has_heard_all) == ("ended", False)
@@ -304,6 +307,40 @@ def test_a_client_that_leaves_before_the_answer_stops_its_stream_too(service: Se
     assert (status.state, status.has_heard_all) == ("ended", False)
     service.do(_requests_over())
     assert service.kept_files() == []
+
+
+def test_a_client_that_leaves_while_it_sends_leaves_nothing(service: Service, caplog: pytest.LogCaptureFixture) -> None:
+    body, content_type = form({"model": MODEL}, bytes(100_000))
+    connection = http.client.HTTPConnection(service.url.removeprefix("http://"), timeout=30)
+    connection.request(
+        "POST", "/v1/audio/transcriptions", body[:50_000], {"Content-Type": content_type, "Content-Length": len(body)}
+    )
+    while not service.kept_files():
+        pass
+    connection.close()
+    service.do(_requests_over())
+    assert service.kept_files() == []
+    assert [record.name for record in caplog.records if record.name.startswith("actors")] == []
+
+
+async def test_what_is_not_done_when_the_service_stops_is_refused(
+    redis_params: RedisParams, long_speech: Path, tmp_path: Path
+) -> None:
+    model = ModelParams(name=str(save_tiny(tmp_path)), encoder_threads=1, decoder_threads=1)
+    gateway = Gateway(Settings(runtime="local", model=model, redis=redis_params, service=ServiceParams(port=0)))
+    try:
+        info = await gateway.start(serves_http=True)
+        async with openai.AsyncOpenAI(base_url=f"{info.http_url}/v1", api_key="none", max_retries=0) as client:
+            sent = client.audio.transcriptions.create(file=long_speech, model="whisper-1", language="en")
+            asked = asyncio.create_task(sent)
+            while not any(status.state == "live" for status in await gateway.list_streams()):  # noqa: ASYNC110
+                await asyncio.sleep(0)
+            await gateway.drain()
+            with pytest.raises(openai.InternalServerError, match="stopping") as caught:
+                await asked
+            assert caught.value.status_code == 503
+    finally:
+        await gateway.aclose()
 
 
 def test_a_transcript_that_was_cut_off_is_an_error_not_an_answer(service: Service, long_speech: Path) -> None:
@@ -365,6 +402,16 @@ def test_a_form_that_is_not_right_is_refused(service: Service, body: bytes, says
     assert says in problem["error"]["message"]
 
 
+def test_the_api_describes_the_form(service: Service) -> None:
+    connection = http.client.HTTPConnection(service.url.removeprefix("http://"), timeout=30)
+    with contextlib.closing(connection):
+        connection.request("GET", "/openapi.json")
+        described = json.loads(connection.getresponse().read())
+    content = described["paths"]["/v1/audio/transcriptions"]["post"]["requestBody"]["content"]
+    properties = content["multipart/form-data"]["schema"]["properties"]
+    assert {"file", "model", "response_format", "timestamp_granularities[]", "stream"} <= set(properties)
+
+
 def test_what_is_no_form_is_refused(service: Service) -> None:
     for content_type in ("application/json", "multipart/form-data", f"multipart/form-data; boundary={'b' * 999}"):
         status, problem = service.post(b"{}", content_type)
@@ -373,13 +420,15 @@ def test_what_is_no_form_is_refused(service: Service) -> None:
 
 async def chunks_of(body: bytes, cuts: list[int]) -> AsyncIterator[bytes]:
     edges = [0, *sorted(cut % len(body) for cut in cuts), len(body)]
-    for start, end in zip(edges[:-1], edges[1:], strict=True):
+    for start, end in pairwise(edges):
         yield body[start:end]
 
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(content=st.binary(min_size=1, max_size=200), value=st.text(max_size=20), cuts=st.lists(st.integers(0, 999)))
-async def test_a_form_is_the_same_however_it_is_cut(tmp_path: Path, content: bytes, value: str, cuts: list[int]) -> None:
+async def test_a_form_is_the_same_however_it_is_cut(
+    tmp_path: Path, content: bytes, value: str, cuts: list[int]
+) -> None:
     body, content_type = form({"language": value}, content)
     async with Uploads(tmp_path, 200, 1).receive(chunks_of(body, cuts), content_type) as upload:
         assert Path(upload.location).read_bytes() == content  # noqa: ASYNC240
@@ -415,7 +464,9 @@ async def test_a_form_that_does_not_go_on_is_given_up(tmp_path: Path, monkeypatc
 
 def test_texts_are_joined_as_their_languages_are_written() -> None:
     transcript = Transcript()
-    for sequence, (text, language) in enumerate([("你好。", "zh"), ("再见。", "zh"), ("", "en"), ("Bye.", "en")], start=1):
+    for sequence, (text, language) in enumerate(
+        [("你好。", "zh"), ("再见。", "zh"), ("", "en"), ("Bye.", "en")], start=1
+    ):
         transcript.take(final("s", sequence, text, language=language))
     transcript.take(final("s", 9, "Now."))
     assert transcript.text == "你好。再见。Bye. Now."
