@@ -26,6 +26,7 @@ _MAX_FIELDS = 32
 _MAX_FIELD_BYTES = 16_384
 _WRITE_BYTES = 1 << 20
 _SILENCE_TIMEOUT_S = 30.0
+_ARRIVAL_TIMEOUT_S = 900.0
 _DISCARD_TIMEOUT_S = 10.0
 
 
@@ -70,7 +71,12 @@ class Uploads:
             try:
                 form = _Form(_boundary_of(content_type), self._max_bytes)
                 file = files.enter_context(self._open())
-                await self._read(body, form, file)
+                async with asyncio.timeout(_ARRIVAL_TIMEOUT_S):
+                    await self._read(body, form, file)
+            except TimeoutError as exc:
+                raise RequestRefused(
+                    f"nothing was sent for {_SILENCE_TIMEOUT_S:.0f} s, or not all within {_ARRIVAL_TIMEOUT_S:.0f} s"
+                ) from exc
             except OSError as exc:
                 raise ServiceError(f"cannot keep a file in {self._folder}: {exc.strerror or exc}") from exc
             finally:
@@ -99,8 +105,6 @@ class Uploads:
                     chunk = await anext(chunks)
             except StopAsyncIteration:
                 break
-            except TimeoutError as exc:
-                raise RequestRefused(f"nothing was sent for {_SILENCE_TIMEOUT_S:.0f} s") from exc
             form.feed(chunk)
             if len(form.pending) >= _WRITE_BYTES:
                 await _write(file, form.take())

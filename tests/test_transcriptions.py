@@ -448,8 +448,11 @@ async def test_a_file_one_byte_over_the_limit_is_refused_and_one_at_it_is_not(tm
                 assert upload.num_bytes == num_bytes
 
 
-async def test_a_form_that_does_not_go_on_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("actors.uploads._SILENCE_TIMEOUT_S", 0.05)
+@pytest.mark.parametrize("limit", ["_SILENCE_TIMEOUT_S", "_ARRIVAL_TIMEOUT_S"])
+async def test_a_form_that_does_not_go_on_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str
+) -> None:
+    monkeypatch.setattr(f"actors.uploads.{limit}", 0.05)
 
     async def stalled() -> AsyncIterator[bytes]:
         yield FILE
