@@ -1,6 +1,6 @@
-"""The HTTP API of the gateway: health, metrics, streams, questions. It describes itself at /docs and /openapi.json.
+"""The HTTP API of the gateway: health, metrics, streams, questions, transcriptions.
 
-What streams say is in `actors/outlets.py`.
+It describes itself at /docs and /openapi.json. What streams say is in `actors/outlets.py`.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from actors.listener import listen
 from actors.outlets import add_outlets
 from actors.questions import Answer, AskSpec, StreamQuestion, SummariseSpec
 from actors.spec import StreamSpec, StreamStatus
+from actors.transcriptions import create_router
 from pipeline.errors import (
     CapacityExceeded,
     ConfigError,
@@ -109,6 +110,7 @@ def create_api(gateway: Gateway) -> FastAPI:
         return await gateway.summarise(spec)
 
     add_outlets(api, gateway)
+    api.include_router(create_router(gateway))
     return api
 
 

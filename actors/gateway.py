@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -19,15 +19,18 @@ from actors.fan_out import FanOut
 from actors.metrics import Metrics
 from actors.publisher import Publisher
 from actors.questions import Answer, AskSpec, Questions, SummariseSpec, video_params
+from actors.record_tap import RecordTap
 from actors.session import Scheduling, Session, SessionState
 from actors.settings import Settings
 from actors.spec import StreamSpec, StreamState, StreamStatus, make_stream_id
 from actors.stages import Stages, StagesInfo
 from actors.store import Store
+from actors.uploads import Uploads
 from ingest.container import ContainerSource, Pace
 from ingest.processes import DecoderProcesses
 from ingest.source import ChannelMode
 from pipeline.errors import CapacityExceeded, MediaError, ServiceError, StreamNotFound, SurtitleError
+from pipeline.records import BaseRecord
 from pipeline.stream_params import StreamParams
 
 if TYPE_CHECKING:
@@ -78,6 +81,10 @@ class Gateway:
         self._running: dict[str, _Running] = {}
         self._statuses: OrderedDict[str, StreamStatus] = OrderedDict()
         self._is_draining = False
+        service = settings.service
+        self.uploads = Uploads(
+            settings.redis.data_dir / "uploads", service.max_upload_mb * 1_000_000, max_concurrent=service.max_streams
+        )
 
     async def start(self, *, serves_http: bool = False) -> GatewayInfo:
         """Open the door, the store and the stages, and return when streams can be started.
@@ -142,8 +149,8 @@ class Gateway:
             raise ServiceError("the gateway has not started yet: try again in some seconds")
         return self._info
 
-    async def start_stream(self, spec: StreamSpec) -> str:
-        """Open the source, start captioning it and return the stream's id.
+    async def start_stream(self, spec: StreamSpec, *, on_record: Callable[[BaseRecord], None] | None = None) -> str:
+        """Open the source, start captioning it and return the stream's id; `on_record` is shown its records as they go.
 
         Raises:
             CapacityExceeded: if as many streams as allowed are live.
@@ -166,7 +173,7 @@ class Gateway:
             self._publisher,
             scheduling=Scheduling(spec.scheduling),
             waits_for_scenes=spec.pace == "fast",
-            observer=self._metrics,
+            observer=self._metrics if on_record is None else RecordTap(self._metrics, on_record),
         )
         running = self._running[stream_id] = _Running(session, source, _now())
         self._metrics.streams_live.set(len(self._running))
@@ -387,6 +394,7 @@ def _status_of(stream_id: str, running: _Running) -> StreamStatus:
         state=_STATES[session.state],
         message=session.failure or "",
         started_at=running.started_at,
+        has_heard_all=running.source.num_nonfinite is not None,
     )
 
 

@@ -18,6 +18,9 @@ class ServiceParams(Params):
     port: int = Field(default=8_321, ge=0, le=65_535, description="port of the HTTP API; 0: any free one")
     max_streams: int = Field(default=16, ge=1, le=10_000, description="live streams; more are refused (HTTP 503)")
     retry_after_s: int = Field(default=15, ge=1, le=3_600, description="Retry-After of a refusal")
+    max_upload_mb: int = Field(
+        default=100, ge=1, le=10_000, description="largest file that may be sent to be transcribed; HTTP 413 beyond"
+    )
     drain_timeout_s: float = Field(
         default=30.0, gt=0, le=600, description="how long a stop waits for the last finals of all streams"
     )

@@ -85,6 +85,7 @@ class StreamStatus(Params):
     message: str = Field(default="", description="why it failed, if it did")
     started_at: str = Field(description="UTC, ISO 8601")
     ended_at: str | None = None
+    has_heard_all: bool = Field(default=False, description="whether its media was heard to its end")
 
 
 def make_stream_id(source: str) -> str:

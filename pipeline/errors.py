@@ -2,8 +2,11 @@
 
     SurtitleError
     ├── ConfigError            a configuration value is unknown, impossible or unreadable
+    │   └── RequestRefused     a parameter of a request cannot be honoured
+    │       └── ModelNotLoaded the model that was asked for is not the one that answers here
     ├── MediaError             a source cannot be read or is not usable sound
-    │   └── SourceNotFound     the source does not exist
+    │   ├── SourceNotFound     the source does not exist
+    │   └── UploadTooLarge     a file that was sent is over the limit
     ├── ModelError             weights or checkpoint cannot be used
     │   └── WeightsHashError   a weight file is not the one that was pinned
     ├── StageError             a stage failed for one snapshot
@@ -31,12 +34,28 @@ class ConfigError(SurtitleError):
     """A configuration value is unknown, impossible or unreadable."""
 
 
+class RequestRefused(ConfigError):
+    """A parameter of a request cannot be honoured. `parameter` is its name; None: the request as a whole."""
+
+    def __init__(self, message: str, parameter: str | None = None) -> None:
+        super().__init__(message)
+        self.parameter = parameter
+
+
+class ModelNotLoaded(RequestRefused):
+    """The model that was asked for is not the one that answers here."""
+
+
 class MediaError(SurtitleError):
     """A source cannot be read, or what it carries is not usable sound or picture."""
 
 
 class SourceNotFound(MediaError):
     """The source does not exist."""
+
+
+class UploadTooLarge(MediaError):
+    """A file that was sent is over the limit."""
 
 
 class ModelError(SurtitleError):
