@@ -108,9 +108,7 @@ def create_api(gateway: Gateway) -> FastAPI:
 
 
 @asynccontextmanager
-async def open_http(
-    gateway: Gateway, host: str, port: int, allowed_hosts: Sequence[str] = ()
-) -> AsyncIterator[str]:
+async def open_http(gateway: Gateway, host: str, port: int, allowed_hosts: Sequence[str] = ()) -> AsyncIterator[str]:
     """Serve the API on `host`:`port` (0: a free one) while the context is open; the value is its URL.
 
     Requests for another name than `allowed_hosts`, and the loopback's on loopback, get a 400; elsewhere none means any.

@@ -268,9 +268,7 @@ class Gateway:
         from actors.api import open_http  # noqa: PLC0415 - FastAPI takes half a second; only the service needs it
 
         service = self._settings.service
-        return await self._exits.enter_async_context(
-            open_http(self, service.host, service.port, service.allowed_hosts)
-        )
+        return await self._exits.enter_async_context(open_http(self, service.host, service.port, service.allowed_hosts))
 
     async def _open_stages(self) -> StageDriver:
         settings = self._settings

@@ -9,7 +9,6 @@ from pydantic import Field
 
 from pipeline.params import Params
 
-
 HostName = Annotated[str, Field(max_length=253, pattern=r"^((\*\.)?[A-Za-z0-9_.-]+|\[[0-9A-Fa-f:.]+\])$")]
 
 

@@ -65,7 +65,9 @@ def main() -> None:
     known = LOCK if LOCK.exists() and "--upgrade" not in sys.argv else None
     for lock, wanted in ((LOCK, requirements("bench", "dev")), (SERVICE_LOCK, requirements())):
         body = resolve(wanted, known)
-        lock.write_text(HEADER.format(python=f"{sys.version_info.major}.{sys.version_info.minor}") + body.strip() + "\n")
+        lock.write_text(
+            HEADER.format(python=f"{sys.version_info.major}.{sys.version_info.minor}") + body.strip() + "\n"
+        )
         print(f"wrote {lock.relative_to(ROOT)}: {body.count('==')} packages")
         known = LOCK
 
