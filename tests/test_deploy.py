@@ -41,8 +41,8 @@ UNIT = DEPLOY / "surtitle.service"
 ENTRYPOINT = DEPLOY / "entrypoint.sh"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 TOOLS = Path(sys.executable).parent
-MAX_EXPOSURE = 1.5
-"""Of ten, by systemd's count."""
+MAX_EXPOSURE = 2.0
+"""Of ten, by systemd's count; versions of it count a little differently."""
 
 has_systemd = pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed")
 
@@ -111,7 +111,8 @@ def test_both_containers_have_no_rights() -> None:
         assert service["security_opt"] == ["no-new-privileges:true"]
         assert not {"privileged", "cap_add", "network_mode", "pid", "ipc", "devices"} & set(service)
         assert not service["user"].startswith(("0", "root"))
-        assert {"mem_limit", "cpus", "pids_limit", "healthcheck"} <= set(service)
+        assert {"mem_limit", "pids_limit", "healthcheck"} <= set(service)
+        assert {"cpus", "cpuset"} & set(service)
         assert service["memswap_limit"] == service["mem_limit"]
         for mount in service["tmpfs"]:
             assert {"noexec", "nosuid", "nodev"} <= set(mount.split(":")[1].split(","))
@@ -391,7 +392,9 @@ async def test_it_serves_without_rights_and_ends_well(
         assert (await asyncio.to_thread(run, *health, env=environment)).returncode == 0
         assert await asyncio.to_thread(ask, free_port, "GET", "/healthz", host="evil.example") == 400
         if os.geteuid() == 0:
-            assert rights_of(process.pid) == {"Uid": NOBODY, "CapEff": 0, "CapBnd": 0, "NoNewPrivs": 1}
+            filtered = 0 if shutil.which("systemd-analyze") is None else 2
+            rights = {"Uid": NOBODY, "CapEff": 0, "CapBnd": 0, "NoNewPrivs": 1, "Seccomp": filtered}
+            assert rights_of(process.pid) == rights
         spec = {"source": str(speech), "stream_id": "hall", "pace": "fast"}
         assert await asyncio.to_thread(ask, free_port, "POST", "/v1/streams", spec) == 201
         # Media is decoded by a process that confines itself further.
@@ -406,7 +409,5 @@ async def test_it_serves_without_rights_and_ends_well(
 
 def rights_of(pid: int) -> dict[str, int]:
     lines = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
-    return {
-        name: int(lines[name].split()[0], 16 if name.startswith("Cap") else 10)
-        for name in ("Uid", "CapEff", "CapBnd", "NoNewPrivs")
-    }
+    names = ("Uid", "CapEff", "CapBnd", "NoNewPrivs", "Seccomp")
+    return {name: int(lines[name].split()[0], 16 if name.startswith("Cap") else 10) for name in names}
