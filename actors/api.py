@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import ipaddress
 import logging
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
@@ -115,8 +115,10 @@ def create_api(gateway: Gateway) -> FastAPI:
 
 
 @asynccontextmanager
-async def open_http(gateway: Gateway, host: str, port: int) -> AsyncIterator[str]:
+async def open_http(gateway: Gateway, host: str, port: int, allowed_hosts: Sequence[str] = ()) -> AsyncIterator[str]:
     """Serve the API on `host`:`port` (0: a free one) while the context is open; the value is its URL.
+
+    Requests for another name than `allowed_hosts`, and the loopback's on loopback, get a 400; elsewhere none means any.
 
     Raises:
         ServiceError: if the address cannot be listened on.
@@ -124,9 +126,10 @@ async def open_http(gateway: Gateway, host: str, port: int) -> AsyncIterator[str
     listener = listen(host, port)
     url_host = f"[{host}]" if ":" in host else host
     api = create_api(gateway)
-    if _is_loopback(host):
+    names = [*allowed_hosts, *(["localhost", "127.0.0.1", "[::1]", url_host] if _is_loopback(host) else [])]
+    if names:
         # A web page that resolves its own name to 127.0.0.1 must not get at the API through somebody's browser.
-        api.add_middleware(TrustedHostMiddleware, allowed_hosts=["localhost", "127.0.0.1", "[::1]", url_host])
+        api.add_middleware(TrustedHostMiddleware, allowed_hosts=names)
     config = uvicorn.Config(api, log_config=None, access_log=False, timeout_graceful_shutdown=_STOP_TIMEOUT_S)
     server = _Server(config)
     task = asyncio.create_task(server.serve(sockets=[listener]), name="http")

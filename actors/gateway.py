@@ -81,10 +81,7 @@ class Gateway:
         self._running: dict[str, _Running] = {}
         self._statuses: OrderedDict[str, StreamStatus] = OrderedDict()
         self._is_draining = False
-        service = settings.service
-        self.uploads = Uploads(
-            settings.redis.data_dir / "uploads", service.max_upload_mb * 1_000_000, max_concurrent=service.max_streams
-        )
+        self.uploads = Uploads.of(settings)
 
     async def start(self, *, serves_http: bool = False) -> GatewayInfo:
         """Open the door, the store and the stages, and return when streams can be started.
@@ -291,7 +288,7 @@ class Gateway:
         from actors.api import open_http  # noqa: PLC0415 - FastAPI takes half a second; only the service needs it
 
         service = self._settings.service
-        return await self._exits.enter_async_context(open_http(self, service.host, service.port))
+        return await self._exits.enter_async_context(open_http(self, service.host, service.port, service.allowed_hosts))
 
     async def _open_stages(self) -> StageDriver:
         settings = self._settings

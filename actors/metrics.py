@@ -55,9 +55,7 @@ class Metrics:
         )
         self.readers = self._gauge("surtitle_readers", "Clients that follow a stream over HTTP")
         self.streams_watched = self._gauge("surtitle_streams_watched", "Streams that they follow")
-        self.slow_readers = self._gauge(
-            "surtitle_slow_readers", "Clients closed because they read too slowly"
-        )
+        self.slow_readers = self._gauge("surtitle_slow_readers", "Clients closed because they read too slowly")
         self.jobs_waiting = Gauge("surtitle_jobs_waiting", "Jobs that wait for a call", registry=self.registry)
         self.job_ms = Histogram(
             "surtitle_job_ms",

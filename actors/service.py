@@ -22,6 +22,8 @@ from pipeline.models.weights import check_hashes, locate_model
 
 logger = logging.getLogger(__name__)
 
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
 
 class GatewayClient(Protocol):
     """What commands do with a gateway (`actors.gateway.Gateway`), wherever it runs."""
@@ -205,6 +207,7 @@ async def run_service(settings: Settings, progress: Progress | None = None) -> N
         gateway = await _unless(stop, entering)
         if gateway is None:
             return
+        _take_signals(stop)  # again: Ray has brought handlers of its own
         info = await gateway.info()
         report(f"{info.stages.model} computes {info.stages.arithmetic}")
         report(f"ready at {info.http_url}")
@@ -229,14 +232,25 @@ async def _unless(stop: asyncio.Event, awaited: Coroutine[Any, Any, GatewayClien
         await asyncio.wait({stopped})
 
 
+def _take_signals(event: asyncio.Event) -> None:
+    def take() -> None:
+        # Ray's handler of SIGTERM hands on to this one, but aborts the process three seconds later (abseil's
+        # failure_signal_handler.cc, alarm_on_failure_secs), in the middle of the last finals.
+        signal.alarm(0)
+        event.set()
+
+    loop = asyncio.get_running_loop()
+    for number in _SIGNALS:
+        loop.add_signal_handler(number, take)
+
+
 @asynccontextmanager
 async def signals_as_event() -> AsyncIterator[asyncio.Event]:
     """Yield an event that SIGINT or SIGTERM sets, instead of what they did before."""
     loop = asyncio.get_running_loop()
     event = asyncio.Event()
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    for number in before:
-        loop.add_signal_handler(number, event.set)
+    before = {number: signal.getsignal(number) for number in _SIGNALS}
+    _take_signals(event)
     try:
         yield event
     finally:

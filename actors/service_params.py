@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
 from pydantic import Field
 
 from pipeline.params import Params
+
+HostName = Annotated[str, Field(max_length=253, pattern=r"^((\*\.)?[A-Za-z0-9_.-]+|\[[0-9A-Fa-f:.]+\])$")]
 
 
 class ServiceParams(Params):
@@ -14,6 +17,12 @@ class ServiceParams(Params):
 
     host: str = Field(
         default="127.0.0.1", min_length=1, max_length=253, description="address the HTTP API listens on; loopback only"
+    )
+    allowed_hosts: tuple[HostName, ...] = Field(
+        default=(),
+        max_length=64,
+        description="names that a request may be for (its Host header), *.example.org for all below one; none: any, "
+        "on loopback only the loopback's",
     )
     port: int = Field(default=8_321, ge=0, le=65_535, description="port of the HTTP API; 0: any free one")
     max_streams: int = Field(default=16, ge=1, le=10_000, description="live streams; more are refused (HTTP 503)")

@@ -15,12 +15,15 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import TYPE_CHECKING, BinaryIO, Self, cast
 
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
 from pipeline.errors import CapacityExceeded, RequestRefused, ServiceError, UploadTooLarge
+
+if TYPE_CHECKING:
+    from actors.settings import Settings
 
 _MAX_FIELDS = 32
 _MAX_FIELD_BYTES = 16_384
@@ -53,6 +56,13 @@ class Uploads:
         self._max_bytes = max_bytes
         self._max_concurrent = max_concurrent
         self._num_arriving = 0
+
+    @classmethod
+    def of(cls, settings: Settings) -> Self:
+        """Return what receives the uploads of a service with these settings."""
+        service = settings.service
+        folder = settings.redis.data_dir / "uploads"
+        return cls(folder, service.max_upload_mb * 1_000_000, service.max_streams)
 
     @asynccontextmanager
     async def receive(self, body: AsyncIterator[bytes], content_type: str | None) -> AsyncIterator[Upload]:

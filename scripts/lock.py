@@ -1,4 +1,5 @@
-"""Write requirements.lock: nearly every library, transitively, with the hashes that PyPI publishes.
+"""Write requirements.lock (all extras) and deploy/requirements.lock (what the service needs): nearly every library,
+transitively, with the hashes that PyPI publishes.
 
     make lock                    # or: python scripts/lock.py, with pip-tools importable
 
@@ -19,6 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 LOCK = ROOT / "requirements.lock"
+SERVICE_LOCK = ROOT / "deploy" / "requirements.lock"
 APART = ("accelerate==", "peft==", "torch==")
 TORCH_NEEDS = ("filelock", "fsspec", "jinja2", "networkx", "setuptools", "sympy", "typing-extensions")
 HEADER = """\
@@ -28,32 +30,46 @@ HEADER = """\
 """
 
 
-def requirements() -> list[str]:
-    """Return what pyproject.toml asks for with all its extras, what is APART replaced by what it needs."""
+def requirements(*extras: str) -> list[str]:
+    """Return what pyproject.toml asks for, with `extras`; what is APART is replaced by what it needs."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    extras = project["optional-dependencies"]
-    wanted = [*project["dependencies"], *extras["bench"], *extras["dev"]]
+    wanted = list(project["dependencies"])
+    for extra in extras:
+        wanted += project["optional-dependencies"][extra]
     return sorted([line for line in wanted if not line.startswith(APART)] + list(TORCH_NEEDS), key=str.lower)
 
 
-def main() -> None:
-    """Resolve against PyPI alone, so that the hashes hold on every machine, and write the lock file."""
+def resolve(wanted: list[str], known: Path | None) -> str:
+    """Return `wanted` and all that it needs, pinned with hashes; what `known` pins stays as it is.
+
+    PyPI alone is asked, so that the hashes hold on every machine.
+    """
     environment = {
         name: value for name, value in os.environ.items() if name not in {"PIP_FIND_LINKS", "PIP_EXTRA_INDEX_URL"}
     }
     environment |= {"PIP_CONFIG_FILE": os.devnull, "CUSTOM_COMPILE_COMMAND": "make lock"}
     with tempfile.TemporaryDirectory() as folder:
         source, compiled = Path(folder, "requirements.in"), Path(folder, "requirements.txt")
-        source.write_text("\n".join(requirements()) + "\n")
+        source.write_text("\n".join(wanted) + "\n")
         command = [sys.executable, "-m", "piptools", "compile", "--generate-hashes", "--allow-unsafe", "--strip-extras"]
         command += ["--no-header", "--no-annotate", "--no-emit-options", "--quiet"]
         command += ["--resolver=backtracking", f"--output-file={compiled}", str(source)]
-        if LOCK.exists() and "--upgrade" not in sys.argv:
-            compiled.write_text(LOCK.read_text())
+        if known is not None:
+            compiled.write_text(known.read_text())
         subprocess.run(command, env=environment, check=True)
-        body = "\n".join(line for line in compiled.read_text().splitlines() if not line.startswith("#"))
-    LOCK.write_text(HEADER.format(python=f"{sys.version_info.major}.{sys.version_info.minor}") + body.strip() + "\n")
-    print(f"wrote {LOCK.relative_to(ROOT)}: {body.count('==')} packages")
+        return "\n".join(line for line in compiled.read_text().splitlines() if not line.startswith("#"))
+
+
+def main() -> None:
+    """Write both lock files; the smaller one has the versions of the other."""
+    known = LOCK if LOCK.exists() and "--upgrade" not in sys.argv else None
+    for lock, wanted in ((LOCK, requirements("bench", "dev")), (SERVICE_LOCK, requirements())):
+        body = resolve(wanted, known)
+        lock.write_text(
+            HEADER.format(python=f"{sys.version_info.major}.{sys.version_info.minor}") + body.strip() + "\n"
+        )
+        print(f"wrote {lock.relative_to(ROOT)}: {body.count('==')} packages")
+        known = LOCK
 
 
 if __name__ == "__main__":

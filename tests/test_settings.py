@@ -116,6 +116,7 @@ def test_a_wrong_unit_is_an_error_with_the_value_in_the_right_one(tmp_path: Path
         ("vad:\n  hangover_ms: true\n", "expected a whole number of milliseconds"),
         ("captions:\n  language: no\n", 'quote it: "no"'),
         ("runtime: docker\n", "'ray' or 'local'"),
+        ("service:\n  allowed_hosts: [captions.*.example]\n", "service.allowed_hosts"),
         ("vad: 3\n", "is a section"),
         ("vad:\n  hangover_ms: 100\n", "post_roll_ms=200 must not be above hangover_ms=100"),
         ("vad:\n  mode: 1\n  mode: 2\n", "test.yaml:3: vad.mode is given twice (first in line 2)"),
