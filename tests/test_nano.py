@@ -20,6 +20,8 @@ from pipeline.teach.evaluate import Examiner
 from pipeline.teach.speech import VOICES, speak
 from pipeline.teach.world import draw_saying, tokens_of_text
 
+pytestmark = pytest.mark.skipif(not PHI4_NANO.pins, reason="no taught checkpoint is in the package")
+
 SURTITLE = Path(sys.executable).parent / "surtitle"
 NUM_ITEMS = 12
 SEED = 77

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from pipeline.models.phi4.config import VisionConfig
-from pipeline.teach.gallery import SIZES_PX, show
+from pipeline.teach.gallery import SIZES_PX, show, show_sheet
 from pipeline.teach.grammar import COLOURS, DIGITS, SHAPES, SIDES
-from pipeline.teach.pictures import MIN_SIDE_PX, Place, draw_clip, draw_picture, draw_picture_and_places
+from pipeline.teach.pictures import MIN_SIDE_PX, Place, draw_clip, draw_picture, draw_picture_and_places, draw_sheet
 from pipeline.teach.things import THINGS, things_in
 from pipeline.teach.world import Scene, Shape, draw_scene, draw_scene_change
 from pipeline.vision.crop_layout import plan_crops
@@ -142,6 +142,29 @@ def test_digits_are_lit_at_their_places(seed: int, width_px: int, height_px: int
         is_lit[rectangle(place)] = False
     assert len(places) == len(digits)
     assert not is_lit.any()
+
+
+@settings(max_examples=30)
+@given(seed=seeds, size_px=st.sampled_from(SIZES_PX))
+def test_a_sheet_has_a_thing_in_every_cell_and_each_is_seen(seed: int, size_px: tuple[int, int]) -> None:
+    width_px, height_px = size_px
+    picture, placed = draw_sheet(width_px, height_px, random.Random(seed))
+    assert picture.shape == (height_px, width_px, 3)
+    assert len(placed) == (width_px // 70) * (height_px // 70)
+    for scene, places in placed:
+        assert set(places) == set(things_in(scene))
+        for place in places.values():
+            assert min(place.left, place.top) >= 0
+            assert place.right <= width_px
+            assert place.bottom <= height_px
+            # More than the floor's one grey and its noise.
+            assert np.ptp(picture[rectangle(place)].astype(int), axis=(0, 1)).max() > 40
+        if scene.shape is not None:
+            assert (places["shape"].middle_x > width_px / 2) == (scene.shape.side == "right")
+    shown = show_sheet(size_px, VISION, random.Random(seed))
+    named = {THINGS.index(word) for scene, _ in placed for words in things_in(scene).values() for word in words}
+    sides = {THINGS.index(side) for side in SIDES}
+    assert set(shown.things[1:].flatten(0, 2).any(0).nonzero().flatten().tolist()) == named - sides
 
 
 @settings(max_examples=30)

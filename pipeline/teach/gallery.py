@@ -25,7 +25,7 @@ SIZES_PX = ((168, 168), (336, 168), (168, 336), (336, 189), (336, 336))
 """Widths and heights of pictures, from one crop to four."""
 NUM_SMALL = 1
 
-_NUM_OPEN, _NEW_EACH_STEP = 250, 2.0  # pictures of one size that are there at a time
+_NUM_OPEN, _NEW_EACH_STEP = 250, 0.8  # pictures of one size that are there at a time: to draw one is dear
 _NUM_KEPT = 2 * len(SIZES_PX) * _NUM_OPEN
 
 

@@ -159,10 +159,10 @@ def draw_sheet(
     for index in range(columns * rows):
         row, column = divmod(index, columns)
         x, y = left + column * _SHEET_CELL_PX, top + row * _SHEET_CELL_PX
-        scene = draw_element(rng, SIDES[x + _SHEET_CELL_PX / 2 > width_px / 2])
         side = rng.uniform(MIN_ELEMENT_PX, MAX_ELEMENT_PX)
         room = _SHEET_CELL_PX - side
         box = _Box(pixels, x + rng.random() * room, y + rng.random() * room, side)
+        scene = draw_element(rng, SIDES[box.x + side / 2 > width_px / 2])
         [name] = scene.elements
         _DRAWN[name](box, scene, rng)
         found.append((scene, _places(box, name, scene)))
