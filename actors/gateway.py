@@ -18,20 +18,19 @@ from typing import TYPE_CHECKING
 from actors.fan_out import FanOut
 from actors.metrics import Metrics
 from actors.publisher import Publisher
-from actors.questions import Answer, AskSpec, Questions, SummariseSpec, video_params
+from actors.questions import Answer, AskSpec, Questions, SummariseSpec
 from actors.record_tap import RecordTap
 from actors.session import Scheduling, Session, SessionState
 from actors.settings import Settings
+from actors.sources import open_source
 from actors.spec import StreamSpec, StreamState, StreamStatus, make_stream_id
 from actors.stages import Stages, StagesInfo
 from actors.store import Store
 from actors.uploads import Uploads
-from ingest.container import ContainerSource, Pace
 from ingest.processes import DecoderProcesses
-from ingest.source import ChannelMode
+from ingest.source import Source
 from pipeline.errors import CapacityExceeded, MediaError, ServiceError, StreamNotFound, SurtitleError
 from pipeline.records import BaseRecord
-from pipeline.stream_params import StreamParams
 
 if TYPE_CHECKING:
     from actors.stage_driver import StageDriver
@@ -60,7 +59,7 @@ class GatewayInfo:
 @dataclass(slots=True)
 class _Running:
     session: Session
-    source: ContainerSource
+    source: Source
     started_at: str
     task: asyncio.Task[None] | None = None
 
@@ -146,8 +145,16 @@ class Gateway:
             raise ServiceError("the gateway has not started yet: try again in some seconds")
         return self._info
 
-    async def start_stream(self, spec: StreamSpec, *, on_record: Callable[[BaseRecord], None] | None = None) -> str:
+    async def start_stream(
+        self,
+        spec: StreamSpec,
+        *,
+        source: Source | None = None,
+        on_record: Callable[[BaseRecord], None] | None = None,
+    ) -> str:
         """Open the source, start captioning it and return the stream's id; `on_record` is shown its records as they go.
+
+        `source` is what a door brings, such as a live connection; without one `spec.source` is opened.
 
         Raises:
             CapacityExceeded: if as many streams as allowed are live.
@@ -161,7 +168,8 @@ class Gateway:
         stream_id = spec.stream_id or make_stream_id(spec.source)
         self._admit(stream_id)
         params = spec.stream_params(self._settings.stream_params())
-        source = self._source_of(spec, params, self._stages.info)
+        if source is None:
+            source = open_source(spec, params, self._settings.audio, self._stages.info, self._decoders)
         session = Session(
             stream_id,
             params,
@@ -330,16 +338,6 @@ class Gateway:
             if self._is_draining:
                 raise stopping from exc
             raise
-
-    def _source_of(self, spec: StreamSpec, params: StreamParams, info: StagesInfo) -> ContainerSource:
-        audio = self._settings.audio
-        if spec.channels is not None:
-            audio = audio.model_copy(update={"channels": ChannelMode(spec.channels)})
-        video = None
-        # Without eyes the session refuses scenes, before the source is opened.
-        if params.scenes is not None and info.eyes is not None:
-            video = video_params(info.eyes, params.scenes.sample_interval_ms)
-        return ContainerSource(spec.source, audio, Pace(spec.pace), self._decoders, video=video)
 
     def _admit(self, stream_id: str) -> None:
         if stream_id in self._running:

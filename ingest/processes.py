@@ -200,7 +200,11 @@ class _Zygote:
             OSError: if it cannot fork.
         """
         forked: Future[DecoderProcess] = asyncio.get_running_loop().create_future()
-        socket.send_fds(self._control, [ZYGOTE_MESSAGE.pack(b"F", 0, 0)], [connection.fileno()])
+        try:
+            socket.send_fds(self._control, [ZYGOTE_MESSAGE.pack(b"F", 0, 0)], [connection.fileno()])
+        except ConnectionError:
+            self._is_trusted = False  # who asks again, perhaps before the end was noticed here, gets another one
+            raise
         self._asked.append(forked)
         return await forked
 

@@ -129,6 +129,11 @@ class Source(Protocol):
         """What was found; known from `__aenter__` on."""
         ...
 
+    @property
+    def num_nonfinite(self) -> int | None:
+        """How many samples were NaN or infinite and became zero; None until the source was heard to its end."""
+        ...
+
     async def __aenter__(self) -> Self: ...
 
     async def __aexit__(

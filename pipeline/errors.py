@@ -6,7 +6,8 @@
     │       └── ModelNotLoaded the model that was asked for is not the one that answers here
     ├── MediaError             a source cannot be read or is not usable sound
     │   ├── SourceNotFound     the source does not exist
-    │   └── UploadTooLarge     a file that was sent is over the limit
+    │   ├── UploadTooLarge     a file that was sent is over the limit
+    │   └── SenderReplaced     a sender's connection counts no more: a newer one took over, or the stream has ended
     ├── ModelError             weights or checkpoint cannot be used
     │   └── WeightsHashError   a weight file is not the one that was pinned
     ├── StageError             a stage failed for one snapshot
@@ -56,6 +57,10 @@ class SourceNotFound(MediaError):
 
 class UploadTooLarge(MediaError):
     """A file that was sent is over the limit."""
+
+
+class SenderReplaced(MediaError):
+    """A sender's connection counts no more: a newer one took over, or the stream has ended."""
 
 
 class ModelError(SurtitleError):

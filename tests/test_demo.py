@@ -128,7 +128,7 @@ RIGHT: list[BaseRecord] = [
     *HEARD,
     *(translation(one, saying.translation) for one, saying in zip(HEARD, (PUMP, END, DOOR), strict=True)),
     summary(1, 1, "Pump three is hot."),
-    summary(2, 3, "No trouble."),
+    summary(2, 3, "Pump three was hot."),
     summary(1, 3, "Pump three was hot.", "closing"),
     scene(0, "The gauge is low."),
     scene(4_990, "The gauge is high."),

@@ -146,25 +146,33 @@ def test_digits_are_lit_at_their_places(seed: int, width_px: int, height_px: int
 
 @settings(max_examples=30)
 @given(seed=seeds, size_px=st.sampled_from(SIZES_PX))
-def test_a_sheet_has_a_thing_in_every_cell_and_each_is_seen(seed: int, size_px: tuple[int, int]) -> None:
-    width_px, height_px = size_px
-    picture, placed = draw_sheet(width_px, height_px, random.Random(seed))
-    assert picture.shape == (height_px, width_px, 3)
-    assert len(placed) == (width_px // 70) * (height_px // 70)
+def test_no_thing_lies_across_the_edge_of_two_crops(seed: int, size_px: tuple[int, int]) -> None:
+    _, places = draw_picture_and_places(draw_scene(random.Random(seed)), *size_px, random.Random(seed))
+    for place in places.values():
+        for first, last in ((place.left, place.right), (place.top, place.bottom)):
+            assert first // CROP == math.ceil(last / CROP) - 1
+
+
+@settings(max_examples=40)
+@given(seed=seeds)
+def test_a_sheet_is_full_of_things_and_each_is_seen(seed: int) -> None:
+    picture, placed = draw_sheet(CROP, random.Random(seed))
+    assert picture.shape == (CROP, CROP, 3)
+    assert len(placed) in {4, 9}
     for scene, places in placed:
         assert set(places) == set(things_in(scene))
         for place in places.values():
             assert min(place.left, place.top) >= 0
-            assert place.right <= width_px
-            assert place.bottom <= height_px
+            assert max(place.right, place.bottom) <= CROP
             # More than the floor's one grey and its noise.
             assert np.ptp(picture[rectangle(place)].astype(int), axis=(0, 1)).max() > 40
         if scene.shape is not None:
-            assert (places["shape"].middle_x > width_px / 2) == (scene.shape.side == "right")
-    shown = show_sheet(size_px, VISION, random.Random(seed))
+            assert (places["shape"].middle_x > CROP / 2) == (scene.shape.side == "right")
+    shown = show_sheet(VISION, random.Random(seed))
+    assert shown.things.shape[0] == len(shown.crops.pixels) == 1
     named = {THINGS.index(word) for scene, _ in placed for words in things_in(scene).values() for word in words}
     sides = {THINGS.index(side) for side in SIDES}
-    assert set(shown.things[1:].flatten(0, 2).any(0).nonzero().flatten().tolist()) == named - sides
+    assert set(shown.things.flatten(0, 2).any(0).nonzero().flatten().tolist()) == named - sides
 
 
 @settings(max_examples=30)

@@ -26,7 +26,8 @@ SIZES_PX = ((168, 168), (336, 168), (168, 336), (336, 189), (336, 336))
 NUM_SMALL = 1
 
 _NUM_OPEN, _NEW_EACH_STEP = 250, 0.8  # pictures of one size that are there at a time: to draw one is dear
-_NUM_KEPT = 2 * len(SIZES_PX) * _NUM_OPEN
+_NUM_OPEN_SHEETS, _NEW_SHEETS_EACH_STEP = 1_000, 8
+_NUM_KEPT = 2 * (len(SIZES_PX) * _NUM_OPEN + _NUM_OPEN_SHEETS)
 
 
 def live_frame(pixels: Pixels, config: VisionConfig) -> Pixels:
@@ -63,11 +64,12 @@ def show(scene: Scene, size_px: tuple[int, int], config: VisionConfig, rng: rand
     return Shown(scene, crops, label_positions([(scene, places)], crops.layout, size_px[0]))
 
 
-def show_sheet(size_px: tuple[int, int], config: VisionConfig, rng: random.Random) -> Shown:
-    """Return a sheet of things, cut; what it shows is no scene."""
-    pixels, placed = draw_sheet(*size_px, rng)
-    crops = cut_crops(torch.from_numpy(pixels), config, MAX_CROPS)
-    return Shown(Scene(), crops, label_positions(placed, crops.layout, size_px[0]))
+def show_sheet(config: VisionConfig, rng: random.Random) -> Shown:
+    """Return a sheet of things, one crop; what it shows is no scene."""
+    pixels, placed = draw_sheet(config.crop_size, rng)
+    cut = cut_crops(torch.from_numpy(pixels), config, MAX_CROPS)
+    crops = PictureCrops(cut.layout, cut.pixels[1:], cut.mask[1:])
+    return Shown(Scene(), crops, label_positions(placed, cut.layout, config.crop_size)[1:])
 
 
 class Gallery:
@@ -82,11 +84,10 @@ class Gallery:
         self._lock = threading.Lock()
 
     def draw_sheet(self, number: int, rng: random.Random) -> Shown:
-        """Return a sheet of things that is there at step `number`, only its grid."""
-        size_px = rng.choice(SIZES_PX)
-        shown = self._take((*size_px, int(number * _NEW_EACH_STEP) + rng.randrange(_NUM_OPEN)), is_sheet=True)
-        crops = PictureCrops(shown.crops.layout, shown.crops.pixels[1:], shown.crops.mask[1:])
-        return Shown(shown.scene, crops, shown.things[1:])
+        """Return a sheet of things that is there at step `number`."""
+        side_px = self._config.crop_size
+        index = number * _NEW_SHEETS_EACH_STEP + rng.randrange(_NUM_OPEN_SHEETS)
+        return self._take((side_px, side_px, index), is_sheet=True)
 
     def draw(self, number: int, size_px: tuple[int, int], rng: random.Random) -> Shown:
         """Return one of the pictures of that size that are there at step `number`."""
@@ -99,7 +100,7 @@ class Gallery:
         if found is None:
             own = random.Random(f"{self._seed}/picture/{key}")  # noqa: S311 - repeatable on purpose
             if is_sheet:
-                shown = show_sheet(key[:2], self._config, own)
+                shown = show_sheet(self._config, own)
             else:
                 shown = show(draw_scene(own, held_out=False), key[:2], self._config, own)
             kept = PictureCrops(shown.crops.layout, shown.crops.pixels.half(), shown.crops.mask)

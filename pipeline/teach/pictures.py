@@ -2,11 +2,13 @@
 
 A picture is four cells, two of them left and two right. Each element of the scene has one, the shape one on its side;
 how large an element is and where in its cell, its shade, the floor's brightness and the noise are drawn. Elements are
-50 to 66 pixels wide and digits 40 to 53 high, in any picture: a digit spans several of the 14-pixel patches.
+50 to 66 pixels wide and digits 40 to 53 high, in any picture: a digit spans several of the 14-pixel patches. None lies
+across the edge of two crops, as long as the picture is not made smaller and its cells have room beside it.
 """
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +25,8 @@ MIN_SIDE_PX = 112
 """Below, four elements have no room."""
 
 MIN_ELEMENT_PX, MAX_ELEMENT_PX = 50, 66
-_SHEET_CELL_PX = 70
+EDGE_PX = 168
+"""Crops have their edges at multiples of this: an encoder that sees one crop at a time reads no digit that is cut."""
 MAX_SHIFT_PX = 2
 """How far a clip's camera moves."""
 
@@ -141,28 +144,25 @@ def draw_picture_and_places(
     return _draw(scene, width_px, height_px, look=rng.getrandbits(64), noise=rng.getrandbits(64))
 
 
-def draw_sheet(
-    width_px: int, height_px: int, rng: random.Random
-) -> tuple[Pixels, list[tuple[Scene, dict[str, Place]]]]:
-    """Return a picture as full of elements as it can be, and each of them as a scene of its own with its places.
+def draw_sheet(side_px: int, rng: random.Random) -> tuple[Pixels, list[tuple[Scene, dict[str, Place]]]]:
+    """Return a square picture as full of elements as it can be, and each of them as a scene of its own with its places.
 
     Nobody describes that: it is to learn from what single things look like, wherever they are.
 
     Raises:
-        ValueError: as `draw_picture`.
+        ValueError: if the side is below 112.
     """
-    _check_size(width_px, height_px)
-    pixels = _floor(width_px, height_px, rng.getrandbits(64))
-    columns, rows = width_px // _SHEET_CELL_PX, height_px // _SHEET_CELL_PX
-    left, top = rng.random() * (width_px % _SHEET_CELL_PX), rng.random() * (height_px % _SHEET_CELL_PX)
+    _check_size(side_px, side_px)
+    pixels = _floor(side_px, side_px, rng.getrandbits(64))
+    num_columns = rng.randint(side_px // MAX_ELEMENT_PX, side_px // MIN_ELEMENT_PX)
+    cell_px = side_px / num_columns
     found: list[tuple[Scene, dict[str, Place]]] = []
-    for index in range(columns * rows):
-        row, column = divmod(index, columns)
-        x, y = left + column * _SHEET_CELL_PX, top + row * _SHEET_CELL_PX
-        side = rng.uniform(MIN_ELEMENT_PX, MAX_ELEMENT_PX)
-        room = _SHEET_CELL_PX - side
-        box = _Box(pixels, x + rng.random() * room, y + rng.random() * room, side)
-        scene = draw_element(rng, SIDES[box.x + side / 2 > width_px / 2])
+    for index in range(num_columns * num_columns):
+        row, column = divmod(index, num_columns)
+        side = rng.uniform(MIN_ELEMENT_PX, min(MAX_ELEMENT_PX, cell_px))
+        x, y = (place * cell_px + rng.random() * (cell_px - side) for place in (column, row))
+        box = _Box(pixels, x, y, side)
+        scene = draw_element(rng, SIDES[box.x + side / 2 > side_px / 2])
         [name] = scene.elements
         _DRAWN[name](box, scene, rng)
         found.append((scene, _places(box, name, scene)))
@@ -209,12 +209,21 @@ def _draw(
         rng = _rng(look, name)
         width, height = width_px / 2, height_px / 2
         side = rng.uniform(MIN_ELEMENT_PX, min(MAX_ELEMENT_PX, width, height))
-        x = column * width + rng.random() * (width - side) + shift[0]
-        y = row * height + rng.random() * (height - side) + shift[1]
+        x = _draw_start(column * width, (column + 1) * width, side, rng) + shift[0]
+        y = _draw_start(row * height, (row + 1) * height, side, rng) + shift[1]
         box = _Box(pixels, min(max(0.0, x), width_px - side), min(max(0.0, y), height_px - side), side)
         _DRAWN[name](box, scene, rng)
         places |= _places(box, name, scene)
     return _with_noise(pixels, noise), places
+
+
+def _draw_start(low: float, high: float, side: float, rng: random.Random) -> float:
+    """Return where between `low` and `high` an element of `side` begins: beside the edges of crops, if it has room."""
+    edges = [edge for edge in range(EDGE_PX, int(high) + 1, EDGE_PX) if low < edge < high]
+    rooms = [(start, end - side) for start, end in itertools.pairwise((low, *edges, high)) if end - start >= side]
+    rooms = rooms or [(low, high - side)]
+    [(start, last)] = rng.choices(rooms, [last - start + 1.0 for start, last in rooms])
+    return rng.uniform(start, last)
 
 
 def _check_size(width_px: int, height_px: int) -> None:
