@@ -56,7 +56,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Random weights that hardly look back or listen, and that like to end: texts of a series resemble each other."""
     folder = tmp_path_factory.mktemp("nano") / "model"
     tokenizer = make_tokenizer(texts_of_world(random.Random(1), 100), "de")
-    nano = new_model(tokenizer, seed=5)  # of six that were tried, one whose texts have about fifteen tokens
+    nano = new_model(tokenizer, seed=10)  # of eight that were tried, one whose texts have about twenty tokens
     with torch.no_grad():
         for name, parameter in nano.model.named_parameters():
             if "down_proj_for_speech" in name:
@@ -264,7 +264,7 @@ def test_streams_are_played_with_speech_of_the_world(settings: Settings) -> None
     )
     report = run_nano(options)
     figures = json.loads(json.dumps(report.to_json()))
-    assert figures["largest_streams"] == 1
+    assert figures["largest_streams"] == 1, figures["sweep"]
     assert "first word not judged, emission lag not judged" in shown(report)
     (played,) = figures["sweep"]["rounds"]
     assert played["num_finals"] > 0

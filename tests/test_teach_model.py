@@ -57,7 +57,7 @@ NUM_STEPS = 10  # of a whole teaching
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    return make_tokenizer(texts_of_world(random.Random(0), 300), SECOND_LANGUAGE)
+    return make_tokenizer(texts_of_world(random.Random(0), 600), SECOND_LANGUAGE)
 
 
 @pytest.fixture(scope="module")

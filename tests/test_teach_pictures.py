@@ -83,7 +83,7 @@ def test_a_change_of_the_scene_changes_the_picture(seed: int, width_px: int, hei
     scene = draw_scene(rng)
     changed = draw_scene_change(rng, scene)
     first, second = drawn(scene, width_px, height_px, seed), drawn(changed, width_px, height_px, seed)
-    # The smallest change is one segment of a digit, 4 x 10 pixels.
+    # The smallest change is one segment of a digit, 8 x 12 pixels.
     assert difference(first, second).sum() >= 30
     assert not difference(first, drawn(scene, width_px, height_px, seed)).any()
 
@@ -132,15 +132,15 @@ def test_a_place_is_where_its_thing_is(seed: int, width_px: int, height_px: int)
 
 
 @settings(max_examples=60)
-@given(seed=seeds, width_px=widths_px, height_px=heights_px, digits=st.lists(st.integers(0, 9), min_size=1, max_size=2))
-def test_digits_are_lit_at_their_places(seed: int, width_px: int, height_px: int, digits: list[int]) -> None:
-    scene = Scene(display=tuple(digits))
+@given(seed=seeds, width_px=widths_px, height_px=heights_px, digit=st.integers(0, 9))
+def test_a_digit_is_lit_at_its_place(seed: int, width_px: int, height_px: int, digit: int) -> None:
+    scene = Scene(display=digit)
     picture, places = draw_picture_and_places(scene, width_px, height_px, random.Random(seed))
     is_lit = lit(picture)
     for place in places.values():
         assert is_lit[rectangle(place)].any()
         is_lit[rectangle(place)] = False
-    assert len(places) == len(digits)
+    assert set(places) == {"display"}
     assert not is_lit.any()
 
 
@@ -158,7 +158,7 @@ def test_no_thing_lies_across_the_edge_of_two_crops(seed: int, size_px: tuple[in
 def test_a_sheet_is_full_of_things_and_each_is_seen(seed: int) -> None:
     picture, placed = draw_sheet(CROP, random.Random(seed))
     assert picture.shape == (CROP, CROP, 3)
-    assert len(placed) in {4, 9}
+    assert 1 <= len(placed) <= 9
     for scene, places in placed:
         assert set(places) == set(things_in(scene))
         for place in places.values():
@@ -197,15 +197,15 @@ def test_every_thing_is_at_some_position_of_the_whole_and_of_the_crops(seed: int
 
 @settings(max_examples=60)
 @given(seed=seeds, width_px=widths_px, height_px=heights_px)
-def test_digits_are_at_least_30_pixels_high(seed: int, width_px: int, height_px: int) -> None:
-    picture = drawn(Scene(display=(8, 8)), width_px, height_px, seed)
+def test_a_digit_is_at_least_40_pixels_high(seed: int, width_px: int, height_px: int) -> None:
+    picture = drawn(Scene(display=8), width_px, height_px, seed)
     left, top, right, bottom = box_of(lit(picture))
-    assert bottom - top >= 30
-    assert right - left >= 38
+    assert bottom - top >= 40
+    assert right - left >= 29
 
 
 def test_every_digit_has_a_picture_of_its_own() -> None:
-    pictures = [drawn(Scene(display=(digit,)), 112, 112, 5) for digit in range(10)]
+    pictures = [drawn(Scene(display=digit), 112, 112, 5) for digit in range(10)]
     for index, picture in enumerate(pictures):
         assert all(difference(picture, other).sum() >= 30 for other in pictures[:index])
 
@@ -213,8 +213,8 @@ def test_every_digit_has_a_picture_of_its_own() -> None:
 @pytest.mark.parametrize("digit", range(10))
 def test_a_digit_lights_the_segments_of_its_form(digit: int) -> None:
     # Of a single digit the places in the middle of each segment, as shares of the box of an 8 that looks the same.
-    left, top, right, bottom = box_of(lit(drawn(Scene(display=(8,)), 224, 224, 9)))
-    mask = lit(drawn(Scene(display=(digit,)), 224, 224, 9))
+    left, top, right, bottom = box_of(lit(drawn(Scene(display=8), 224, 224, 9)))
+    mask = lit(drawn(Scene(display=digit), 224, 224, 9))
     places = {
         "top": (0.5, 0.06),
         "upper left": (0.1, 0.25),
@@ -290,7 +290,7 @@ def test_a_camera_moves_less_than_a_scene_changes() -> None:
 
 
 def test_a_shape_that_changes_its_side_changes_places() -> None:
-    scene = Scene(Shape("circle", "red", "left"), (1,), "low", "open")
+    scene = Scene(Shape("circle", "red", "left"), 1, "low", "open")
     assert scene.shape is not None
     other = replace(scene, shape=replace(scene.shape, side="right"))
     first, second = (drawn(either, 224, 224, 4) for either in (scene, other))
@@ -304,7 +304,7 @@ def test_a_shape_that_changes_its_side_changes_places() -> None:
 def test_what_has_no_room_is_refused() -> None:
     with pytest.raises(ValueError, match="112 or more"):
         drawn(Scene(door="open"), 111, 200, 0)
-    everything = Scene(Shape("circle", "red", "left"), (1,), "low", "open", "inside")
+    everything = Scene(Shape("circle", "red", "left"), 1, "low", "open", "inside")
     with pytest.raises(ValueError, match="room for 4"):
         drawn(everything, 224, 224, 0)
     with pytest.raises(ValueError, match="1 or more"):

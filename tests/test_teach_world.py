@@ -201,9 +201,9 @@ def test_a_report_to_train_on_has_nothing_that_is_held_out(seed: int) -> None:
 
 
 def test_a_scene_is_described_in_sentences_of_the_grammar() -> None:
-    scene = Scene(Shape("circle", "red", "left"), (4, 7), "low", "open", "inside")
+    scene = Scene(Shape("circle", "red", "left"), 7, "low", "open", "inside")
     assert scene.description == (
-        "A red circle is on the left. The display shows four seven. The gauge is low. The door is open. "
+        "A red circle is on the left. The display shows seven. The gauge is low. The door is open. "
         "The person is inside the yellow line."
     )
     assert [parse(sentence).text for sentence in scene.sentences] == list(scene.sentences)
@@ -253,12 +253,12 @@ def test_what_has_nothing_in_it_is_refused() -> None:
 
 
 def test_questions_have_the_answers_that_the_scene_gives() -> None:
-    scene = Scene(Shape("circle", "red", "left"), (4, 7), "low", "closed", "inside")
+    scene = Scene(Shape("circle", "red", "left"), 7, "low", "closed", "inside")
     assert {question.text: question.answer for question in questions_of(scene)} == {
         "What colour is the circle?": "Red.",
         "Where is the circle?": "On the left.",
         "What is on the left?": "A red circle.",
-        "What does the display show?": "Four seven.",
+        "What does the display show?": "Seven.",
         "Is the gauge high?": "No, it is low.",
         "Is the gauge low?": "Yes, it is low.",
         "Is the door open?": "No, it is closed.",

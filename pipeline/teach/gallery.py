@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import threading
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -50,11 +50,13 @@ class Shown:
         scene: what it shows.
         crops: its pixels; a gallery keeps them as float16.
         things: bool[crops, side / 2, side / 2, things], as `label_positions` returns it.
+        has_whole: whether the first crop is the whole, which alone knows on which side something is.
     """
 
     scene: Scene
     crops: PictureCrops
     things: Tensor
+    has_whole: bool = True
 
 
 def show(scene: Scene, size_px: tuple[int, int], config: VisionConfig, rng: random.Random) -> Shown:
@@ -69,7 +71,7 @@ def show_sheet(config: VisionConfig, rng: random.Random) -> Shown:
     pixels, placed = draw_sheet(config.crop_size, rng)
     cut = cut_crops(torch.from_numpy(pixels), config, MAX_CROPS)
     crops = PictureCrops(cut.layout, cut.pixels[1:], cut.mask[1:])
-    return Shown(Scene(), crops, label_positions(placed, cut.layout, config.crop_size)[1:])
+    return Shown(Scene(), crops, label_positions(placed, cut.layout, config.crop_size)[1:], has_whole=False)
 
 
 class Gallery:
@@ -104,10 +106,10 @@ class Gallery:
             else:
                 shown = show(draw_scene(own, held_out=False), key[:2], self._config, own)
             kept = PictureCrops(shown.crops.layout, shown.crops.pixels.half(), shown.crops.mask)
-            found = Shown(shown.scene, kept, shown.things)
+            found = replace(shown, crops=kept)
         with self._lock:
             if key not in self._kept and len(self._kept) >= _NUM_KEPT:
                 self._kept.popitem(last=False)
             self._kept[key] = found
         crops = found.crops
-        return Shown(found.scene, PictureCrops(crops.layout, crops.pixels.float(), crops.mask), found.things)
+        return replace(found, crops=PictureCrops(crops.layout, crops.pixels.float(), crops.mask))

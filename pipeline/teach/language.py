@@ -14,7 +14,6 @@ from collections.abc import Iterator, Sequence
 from pipeline.items import TRANSCRIBE, Task, TaskKind
 from pipeline.teach.lessons import Lesson, Teacher
 from pipeline.teach.network import Row
-from pipeline.teach.pictures import DIGIT_PLACES
 from pipeline.teach.things import things_in
 from pipeline.teach.world import (
     SECOND_LANGUAGE,
@@ -163,13 +162,9 @@ def _seen(scene: Scene, rng: random.Random, teacher: Teacher, max_copies: int) -
 def _words_seen(scene: Scene, rng: random.Random) -> Iterator[str]:
     """Yield the words that belong to each place, as the positions of a picture have them: a few times, in any order."""
     things = things_in(scene)
-    digits = [place for place in DIGIT_PLACES if place in things]
-    others = [[place] for place in things if place not in digits]
-    groups = [digits, *others] if digits else others
-    for group in rng.sample(groups, len(groups)):
-        for place in group:
-            words = [*things[place], *rng.choices(things[place], k=rng.randrange(_MAX_REPEATS))]
-            yield from rng.sample(words, len(words))
+    for place in rng.sample(list(things), len(things)):
+        words = [*things[place], *rng.choices(things[place], k=rng.randrange(_MAX_REPEATS))]
+        yield from rng.sample(words, len(words))
 
 
 def _spread(tokens: Sequence[int], rng: random.Random) -> list[int]:

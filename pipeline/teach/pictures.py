@@ -2,7 +2,7 @@
 
 A picture is four cells, two of them left and two right. Each element of the scene has one, the shape one on its side;
 how large an element is and where in its cell, its shade, the floor's brightness and the noise are drawn. Elements are
-50 to 66 pixels wide and digits 40 to 53 high, in any picture: a digit spans several of the 14-pixel patches. None lies
+50 to 56 pixels wide and digits 42 to 47 high, in any picture: a digit spans several of the 14-pixel patches. None lies
 across the edge of two crops, as long as the picture is not made smaller and its cells have room beside it.
 """
 
@@ -24,13 +24,12 @@ from pipeline.timebase import SAMPLES_PER_MS
 MIN_SIDE_PX = 112
 """Below, four elements have no room."""
 
-MIN_ELEMENT_PX, MAX_ELEMENT_PX = 50, 66
+MIN_ELEMENT_PX, MAX_ELEMENT_PX = 50, 56
+_TRIES_ON_SHEET = 100
 EDGE_PX = 168
 """Crops have their edges at multiples of this: an encoder that sees one crop at a time reads no digit that is cut."""
 MAX_SHIFT_PX = 2
 """How far a clip's camera moves."""
-
-DIGIT_PLACES = ("first digit", "second digit")
 
 Colour = tuple[int, int, int]
 Pixels = NDArray[np.uint8]
@@ -54,7 +53,7 @@ _SKIN: tuple[Colour, ...] = ((225, 185, 155), (150, 105, 75), (95, 65, 50))
 _CELLS = ((0, 0), (1, 0), (0, 1), (1, 1))
 """Column and row."""
 
-_DIGIT_WIDTH, _DIGIT_TOP, _DIGIT_BOTTOM, _STROKE = 0.4, 0.1, 0.9, 0.12
+_DIGIT_LEFT, _DIGIT_WIDTH, _DIGIT_TOP, _DIGIT_BOTTOM, _STROKE = 0.19, 0.62, 0.08, 0.92, 0.16
 # Segments of a digit: top, upper left, upper right, middle, lower left, lower right, bottom.
 _SEGMENTS = (
     "1110111",
@@ -136,7 +135,7 @@ def draw_picture(scene: Scene, width_px: int, height_px: int, rng: random.Random
 def draw_picture_and_places(
     scene: Scene, width_px: int, height_px: int, rng: random.Random
 ) -> tuple[Pixels, dict[str, Place]]:
-    """Return what `draw_picture` returns, and where things are: elements by name, of a display its digits.
+    """Return what `draw_picture` returns, and where things are: elements by name, of a display its digit.
 
     Raises:
         ValueError: as `draw_picture`.
@@ -154,18 +153,18 @@ def draw_sheet(side_px: int, rng: random.Random) -> tuple[Pixels, list[tuple[Sce
     """
     _check_size(side_px, side_px)
     pixels = _floor(side_px, side_px, rng.getrandbits(64))
-    num_columns = rng.randint(side_px // MAX_ELEMENT_PX, side_px // MIN_ELEMENT_PX)
-    cell_px = side_px / num_columns
+    boxes: list[_Box] = []
+    for _ in range(_TRIES_ON_SHEET):
+        side = rng.uniform(MIN_ELEMENT_PX, MAX_ELEMENT_PX)
+        x, y = rng.uniform(0, side_px - side), rng.uniform(0, side_px - side)
+        if all(max(abs(x - box.x), abs(y - box.y)) >= max(side, box.side) for box in boxes):
+            boxes.append(_Box(pixels, x, y, side))
     found: list[tuple[Scene, dict[str, Place]]] = []
-    for index in range(num_columns * num_columns):
-        row, column = divmod(index, num_columns)
-        side = rng.uniform(MIN_ELEMENT_PX, min(MAX_ELEMENT_PX, cell_px))
-        x, y = (place * cell_px + rng.random() * (cell_px - side) for place in (column, row))
-        box = _Box(pixels, x, y, side)
-        scene = draw_element(rng, SIDES[box.x + side / 2 > side_px / 2])
+    for box in boxes:
+        scene = draw_element(rng, SIDES[box.x + box.side / 2 > side_px / 2])
         [name] = scene.elements
         _DRAWN[name](box, scene, rng)
-        found.append((scene, _places(box, name, scene)))
+        found.append((scene, _places(box, name)))
     return _with_noise(pixels, rng.getrandbits(64)), found
 
 
@@ -213,7 +212,7 @@ def _draw(
         y = _draw_start(row * height, (row + 1) * height, side, rng) + shift[1]
         box = _Box(pixels, min(max(0.0, x), width_px - side), min(max(0.0, y), height_px - side), side)
         _DRAWN[name](box, scene, rng)
-        places |= _places(box, name, scene)
+        places |= _places(box, name)
     return _with_noise(pixels, noise), places
 
 
@@ -238,17 +237,11 @@ def _with_noise(pixels: Pixels, seed: int) -> Pixels:
     return picture
 
 
-def _places(box: _Box, name: str, scene: Scene) -> dict[str, Place]:
-    """Return where the element `name` is, or the digits of a display."""
-    if name != "display" or scene.display is None:
-        return {name: box.place(0.0, 0.0, 1.0, 1.0)}
-    lefts = _digit_lefts(len(scene.display))
-    digits = [box.place(left, _DIGIT_TOP, left + _DIGIT_WIDTH, _DIGIT_BOTTOM) for left in lefts]
-    return dict(zip(DIGIT_PLACES, digits, strict=False))
-
-
-def _digit_lefts(num_digits: int) -> tuple[float, ...]:
-    return (0.3,) if num_digits == 1 else (0.05, 0.55)
+def _places(box: _Box, name: str) -> dict[str, Place]:
+    """Return where the element `name` is; of a display, its digit."""
+    if name == "display":
+        return {name: box.place(_DIGIT_LEFT, _DIGIT_TOP, _DIGIT_LEFT + _DIGIT_WIDTH, _DIGIT_BOTTOM)}
+    return {name: box.place(0.0, 0.0, 1.0, 1.0)}
 
 
 def _rng(look: int, name: str) -> random.Random:
@@ -300,25 +293,25 @@ def _draw_shape(box: _Box, scene: Scene, rng: random.Random) -> None:
 
 
 def _draw_display(box: _Box, scene: Scene, rng: random.Random) -> None:
-    """Draw a dark panel, and on it digits of seven segments, 0.8 of the box high."""
+    """Draw a dark panel, and on it a digit of seven segments, 0.84 of the box high."""
     if scene.display is None:
         return
     box.rectangle(0.0, 0.0, 1.0, 1.0, _shaded(_DARK, rng))
     lit = _shaded(_LIT, rng)
-    for left, digit in zip(_digit_lefts(len(scene.display)), scene.display, strict=True):
-        right, top, middle, bottom, stroke = left + _DIGIT_WIDTH, _DIGIT_TOP, 0.5, _DIGIT_BOTTOM, _STROKE
-        edges = (
-            (left, top, right, top + stroke),
-            (left, top, left + stroke, middle),
-            (right - stroke, top, right, middle),
-            (left, middle - stroke / 2, right, middle + stroke / 2),
-            (left, middle, left + stroke, bottom),
-            (right - stroke, middle, right, bottom),
-            (left, bottom - stroke, right, bottom),
-        )
-        for edge, is_lit in zip(edges, _SEGMENTS[digit], strict=True):
-            if is_lit == "1":
-                box.rectangle(*edge, lit)
+    left, right, stroke = _DIGIT_LEFT, _DIGIT_LEFT + _DIGIT_WIDTH, _STROKE
+    top, middle, bottom = _DIGIT_TOP, 0.5, _DIGIT_BOTTOM
+    edges = (
+        (left, top, right, top + stroke),
+        (left, top, left + stroke, middle),
+        (right - stroke, top, right, middle),
+        (left, middle - stroke / 2, right, middle + stroke / 2),
+        (left, middle, left + stroke, bottom),
+        (right - stroke, middle, right, bottom),
+        (left, bottom - stroke, right, bottom),
+    )
+    for edge, is_lit in zip(edges, _SEGMENTS[scene.display], strict=True):
+        if is_lit == "1":
+            box.rectangle(*edge, lit)
 
 
 def _draw_gauge(box: _Box, scene: Scene, rng: random.Random) -> None:

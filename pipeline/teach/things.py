@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pipeline.teach.grammar import COLOURS, DIGITS, SHAPES, SIDES
-from pipeline.teach.pictures import DIGIT_PLACES, Place
+from pipeline.teach.pictures import Place
 from pipeline.teach.world import Scene
 from pipeline.vision.crop_layout import CropLayout
 
@@ -27,8 +27,8 @@ def things_in(scene: Scene) -> dict[str, tuple[str, ...]]:
     found: dict[str, tuple[str, ...]] = {}
     if scene.shape is not None:
         found["shape"] = (scene.shape.kind, scene.shape.colour, scene.shape.side)
-    for place, digit in zip(DIGIT_PLACES, scene.display or (), strict=False):
-        found[place] = ("display", DIGITS[digit])
+    if scene.display is not None:
+        found["display"] = ("display", DIGITS[scene.display])
     for name in ("gauge", "door", "person"):
         state = getattr(scene, name)
         if state is not None:

@@ -216,14 +216,14 @@ class Scene:
 
     Args:
         shape: a coloured shape.
-        display: its digits, one or two.
+        display: its digit.
         gauge: "high" or "low".
         door: "open" or "closed".
         person: "inside" or "outside" the yellow line.
     """
 
     shape: Shape | None = None
-    display: tuple[int, ...] | None = None
+    display: int | None = None
     gauge: str | None = None
     door: str | None = None
     person: str | None = None
@@ -240,7 +240,7 @@ class Scene:
         if self.shape is not None:
             lines.append(f"A {self.shape.colour} {self.shape.kind} is on the {self.shape.side}.")
         if self.display is not None:
-            lines.append(f"The display shows {_spoken(self.display)}.")
+            lines.append(f"The display shows {DIGITS[self.display]}.")
         if self.gauge is not None:
             lines.append(f"The gauge is {self.gauge}.")
         if self.door is not None:
@@ -255,15 +255,11 @@ class Scene:
         return " ".join(self.sentences)
 
 
-def _spoken(digits: Sequence[int]) -> str:
-    return " ".join(DIGITS[digit] for digit in digits)
-
-
 def _draw_element(rng: random.Random, name: str) -> Any:
     if name == "shape":
         return Shape(rng.choice(SHAPES), rng.choice(COLOURS), rng.choice(SIDES))
     if name == "display":
-        return tuple(rng.randrange(10) for _ in range(rng.choice((1, 2, 2))))
+        return rng.randrange(len(DIGITS))
     choices = {"gauge": ("high", "low"), "door": ("open", "closed"), "person": ("inside", "outside")}
     return rng.choice(choices[name])
 
@@ -332,7 +328,7 @@ def questions_of(scene: Scene) -> tuple[Question, ...]:
         questions.append(Question(f"Where is the {kind}?", f"On the {side}."))
         questions.append(Question(f"What is on the {side}?", f"A {colour} {kind}."))
     if scene.display is not None:
-        questions.append(Question("What does the display show?", f"{capitalised(_spoken(scene.display))}."))
+        questions.append(Question("What does the display show?", f"{capitalised(DIGITS[scene.display])}."))
     for name, state, choices in (("gauge", scene.gauge, ("high", "low")), ("door", scene.door, ("open", "closed"))):
         if state is not None:
             for asked in choices:
