@@ -50,13 +50,11 @@ class Shown:
         scene: what it shows.
         crops: its pixels; a gallery keeps them as float16.
         things: bool[crops, side / 2, side / 2, things], as `label_positions` returns it.
-        has_whole: whether the first crop is the whole, which alone knows on which side something is.
     """
 
     scene: Scene
     crops: PictureCrops
     things: Tensor
-    has_whole: bool = True
 
 
 def show(scene: Scene, size_px: tuple[int, int], config: VisionConfig, rng: random.Random) -> Shown:
@@ -71,7 +69,7 @@ def show_sheet(config: VisionConfig, rng: random.Random) -> Shown:
     pixels, placed = draw_sheet(config.crop_size, rng)
     cut = cut_crops(torch.from_numpy(pixels), config, MAX_CROPS)
     crops = PictureCrops(cut.layout, cut.pixels[1:], cut.mask[1:])
-    return Shown(Scene(), crops, label_positions(placed, cut.layout, config.crop_size)[1:], has_whole=False)
+    return Shown(Scene(), crops, label_positions(placed, cut.layout, config.crop_size)[1:])
 
 
 class Gallery:

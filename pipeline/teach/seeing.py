@@ -23,7 +23,7 @@ from pipeline.models.phi4.audio_features import AudioFeatures
 from pipeline.models.phi4.conformer import Projector
 from pipeline.teach.clips import Clip, Distortion
 from pipeline.teach.gallery import NUM_SMALL, SIZES_PX, Gallery, Shown, show
-from pipeline.teach.grammar import DIGITS, SIDES
+from pipeline.teach.grammar import DIGITS
 from pipeline.teach.language import ANSWER, description, draw_frames
 from pipeline.teach.learning import Part
 from pipeline.teach.lessons import Lesson, Teacher
@@ -31,7 +31,7 @@ from pipeline.teach.network import Network, Row
 from pipeline.teach.things import THINGS
 from pipeline.teach.world import draw_question
 
-_SHEETS_SHARE, _MATCHING_SHARE, _READING_SHARE, _SMALL_SHARE = 0.3, 0.55, 0.58, 0.62
+_SHEETS_SHARE, _MATCHING_SHARE, _READING_SHARE, _SMALL_SHARE = 0.2, 0.55, 0.58, 0.62
 """Of the stage: until when things are matched in sheets of them, and in scenes too; until when the encoder rests while
 what it gives is read; until when only small pictures are read."""
 _SCENES_AMONG_SHEETS = 0.5
@@ -42,7 +42,6 @@ _MAX_PICTURES = 14
 _SEVERAL_SHARE, _ASKED_SHARE, _SEVERAL_FROM = 0.2, 0.35, 0.65
 _SPOKEN_SHARE = 0.6
 _WEIGHT_OF_SMALL, _WEIGHT_OF_LARGE = 1, 2
-_SIDES = slice(THINGS.index(SIDES[0]), THINGS.index(SIDES[-1]) + 1)
 _DIGITS = slice(THINGS.index(DIGITS[0]), THINGS.index(DIGITS[-1]) + 1)
 
 
@@ -116,10 +115,7 @@ class Seeing:
         """
         found = self.matcher(self._network.name_positions(torch.cat(list(seen)), self._things))
         wanted = torch.cat([picture.things for picture in pictures]).float()
-        counts = torch.ones(len(wanted), 1, 1, wanted.shape[-1])
-        counts[..., _SIDES] = torch.cat([_knows_sides(picture) for picture in pictures])[:, None, None, None]
-        each = F.binary_cross_entropy_with_logits(found, wanted, reduction="none") * counts
-        things = each.sum() / (wanted * counts).sum().clamp_min(1.0)
+        things = F.binary_cross_entropy_with_logits(found, wanted, reduction="sum") / wanted.sum().clamp_min(1.0)
         which = wanted[..., _DIGITS]
         is_digit = which.sum(-1) == 1
         if not is_digit.any():
@@ -164,13 +160,6 @@ class Seeing:
             positions = torch.cat([next(projected) for _ in layouts])
             rows.append(Row(tokens, num_prompt_tokens, sound=sound, pictures=positions))
         return rows
-
-
-def _knows_sides(picture: Shown) -> Tensor:
-    """Return which crops can tell on which side something is, float[crops]: the whole, of those that have one."""
-    knows = torch.zeros(len(picture.things))
-    knows[: int(picture.has_whole)] = 1.0
-    return knows
 
 
 class SpokenQuestions(Seeing):

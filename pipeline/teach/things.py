@@ -40,7 +40,7 @@ def label_positions(placed: Sequence[tuple[Scene, Mapping[str, Place]]], layout:
     """Return which things are at which position: bool[crops, side / 2, side / 2, things], the whole first.
 
     A thing is where the centre of a position lies in its place, and at the position of its own centre. In the whole of
-    several crops digits are too small to be read, and a crop does not know on which side of the whole it is.
+    several crops digits are too small to be read, and one of several does not know on which side of the whole it is.
 
     Args:
         placed: what is in the picture, and where, in its pixels.
@@ -54,7 +54,7 @@ def label_positions(placed: Sequence[tuple[Scene, Mapping[str, Place]]], layout:
     for thing, place in _things_and_places(placed, scale):
         if is_small or thing not in DIGITS:
             _cover(whole[..., _THING[thing]], place.scaled(1 / layout.columns, 1 / layout.rows), layout)
-        if thing not in SIDES:
+        if is_small or thing not in SIDES:
             _cover(grid[..., _THING[thing]], place, layout)
     crops = grid.view(layout.rows, side, layout.columns, side, -1).transpose(1, 2).reshape(-1, *whole.shape)
     return torch.cat([whole[None], crops])

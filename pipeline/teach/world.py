@@ -78,6 +78,7 @@ _ENDS = {
 }
 
 ELEMENTS = ("shape", "display", "gauge", "door", "person")
+_HARD_ELEMENTS = ("shape", "display", "person")
 MAX_ELEMENTS = 4
 
 
@@ -274,8 +275,8 @@ def draw_scene(rng: random.Random, *, held_out: bool | None = None) -> Scene:
 
 
 def draw_element(rng: random.Random, side: str) -> Scene:
-    """Return a scene of one element, a display as often as not; a shape is on `side`."""
-    name = rng.choices(ELEMENTS, [len(ELEMENTS) - 1 if name == "display" else 1 for name in ELEMENTS])[0]
+    """Return a scene of one element, mostly of those that are hard to tell; a shape is on `side`."""
+    name = rng.choices(ELEMENTS, [2 if name in _HARD_ELEMENTS else 1 for name in ELEMENTS])[0]
     value = _draw_element(rng, name)
     return replace(Scene(), **{name: replace(value, side=side) if name == "shape" else value})
 
