@@ -164,6 +164,7 @@ class NanoReport:
             ("WER, noise 10 dB below", _percent(scores.wer_noise_10db), noise_aim),
             ("translations exact", _percent(scores.translation_exact), "95 %"),
             ("descriptions right", _percent(scores.description_right), "95 %"),
+            ("descriptions of two frames right", _percent(scores.two_frames_right), "-"),
             ("spoken questions right", _percent(scores.spoken_question_right), "90 %"),
             ("typed questions right", _percent(scores.typed_question_right), "-"),
             ("summaries of text right", _percent(scores.summary_right), "-"),

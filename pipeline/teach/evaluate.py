@@ -56,7 +56,6 @@ from pipeline.vision.params import VisionParams
 NOISE_SNR_DB = 10.0
 _STREAM = "evaluation"
 _SIZES_PX = ((336, 168), (336, 189), (336, 336))
-_SEVERAL_EVERY = 4  # descriptions of which one is of two frames
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +76,7 @@ class Scores:
     description_right: float | None = None
     typed_question_right: float | None = None
     spoken_question_right: float | None = None
+    two_frames_right: float | None = None
 
     def as_json(self) -> dict[str, float | int | None]:
         """Return the scores by name."""
@@ -119,9 +119,10 @@ class Examiner:
         return {"summary_right": self._share(num_items, self._is_summarised)}
 
     def see(self, num_items: int) -> dict[str, float]:
-        """Return the scores of seeing: descriptions and typed questions."""
+        """Return the scores of seeing: descriptions, of one picture and of two in a row, and typed questions."""
         return {
-            "description_right": self._share(num_items, self._is_described),
+            "description_right": self._share(num_items, lambda index: self._is_described(index, num_frames=1)),
+            "two_frames_right": self._share(num_items, lambda index: self._is_described(index, num_frames=2)),
             "typed_question_right": self._share(num_items, lambda index: self._is_answered(index, is_spoken=False)),
         }
 
@@ -176,11 +177,11 @@ class Examiner:
         samples = speak(report.text, rng.choice(training_voices()), sound_rng, self._tool)
         return self._ask(SUMMARISE, samples=samples) == report.summary
 
-    def _is_described(self, index: int) -> bool:
-        rng, _ = self._random("description", index)
+    def _is_described(self, index: int, *, num_frames: int) -> bool:
+        rng, _ = self._random(f"description of {num_frames}", index)
         scenes = [draw_scene(rng, held_out=True)]
-        if index % _SEVERAL_EVERY == _SEVERAL_EVERY - 1:
-            scenes.append(draw_scene_change(rng, scenes[0]))
+        while len(scenes) < num_frames:
+            scenes.append(draw_scene_change(rng, scenes[-1]))
         size_px = rng.choice(_SIZES_PX)
         frames = tuple(self._frame(scene, size_px, rng) for scene in scenes)
         return self._ask(DESCRIBE, frames=frames) == describe_scenes(scenes)

@@ -26,7 +26,7 @@ SIZES_PX = ((168, 168), (336, 168), (168, 336), (336, 189), (336, 336))
 NUM_SMALL = 1
 
 _NUM_OPEN, _NEW_EACH_STEP = 250, 0.8  # pictures of one size that are there at a time: to draw one is dear
-_NUM_OPEN_SHEETS, _NEW_SHEETS_EACH_STEP = 1_000, 8
+_NUM_OPEN_SHEETS, _NEW_SHEETS_EACH_STEP = 800, 5
 _NUM_KEPT = 2 * (len(SIZES_PX) * _NUM_OPEN + _NUM_OPEN_SHEETS)
 
 

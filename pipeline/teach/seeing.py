@@ -23,12 +23,11 @@ from pipeline.models.phi4.audio_features import AudioFeatures
 from pipeline.models.phi4.conformer import Projector
 from pipeline.teach.clips import Clip, Distortion
 from pipeline.teach.gallery import NUM_SMALL, SIZES_PX, Gallery, Shown, show
-from pipeline.teach.grammar import DIGITS
 from pipeline.teach.language import ANSWER, description, draw_frames
 from pipeline.teach.learning import Part
 from pipeline.teach.lessons import Lesson, Teacher
 from pipeline.teach.network import Network, Row
-from pipeline.teach.things import THINGS
+from pipeline.teach.things import KINDS, THINGS
 from pipeline.teach.world import draw_question
 
 _SHEETS_SHARE, _MATCHING_SHARE, _READING_SHARE, _SMALL_SHARE = 0.2, 0.55, 0.58, 0.62
@@ -40,9 +39,9 @@ _FIRST_SCALE, _FIRST_BIAS = 8.0, -4.0  # a word is as near to itself as 1, about
 _BATCH_CROPS = 18
 _MAX_PICTURES = 14
 _SEVERAL_SHARE, _ASKED_SHARE, _SEVERAL_FROM = 0.2, 0.35, 0.65
-_SPOKEN_SHARE = 0.6
+_SPOKEN_SHARE, _SEVERAL_SHARE_AT_LAST = 0.6, 0.4  # in stage 4
 _WEIGHT_OF_SMALL, _WEIGHT_OF_LARGE = 1, 2
-_DIGITS = slice(THINGS.index(DIGITS[0]), THINGS.index(DIGITS[-1]) + 1)
+_KINDS = [[THINGS.index(thing) for thing in kind] for kind in KINDS]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +66,9 @@ class _Matcher(nn.Module):
 
 class Seeing:
     """The steps of stage 2."""
+
+    several_share = _SEVERAL_SHARE
+    """Parts that are of several frames each, once there are any."""
 
     def __init__(self, network: Network, teacher: Teacher, seed: int) -> None:
         self._network, self._teacher = network, teacher
@@ -109,25 +111,27 @@ class Seeing:
         return Part(loss, {"things": loss.item()}, sum(each.shape[:-1].numel() for each in seen))
 
     def _match(self, seen: Sequence[Tensor], pictures: Sequence[Shown]) -> Tensor:
-        """Return the loss of telling what is at each position, of all of them for each thing at one, and which digit.
+        """Return the loss of telling what is at each position, and which of its kind it is.
 
-        Digits are at few positions, and ten words share those: without a loss of their own they are learned last.
+        A kind is at few positions, and its words share those: without a loss of their own, ten digits and three shapes
+        are learned last, or not at all.
         """
         found = self.matcher(self._network.name_positions(torch.cat(list(seen)), self._things))
         wanted = torch.cat([picture.things for picture in pictures]).float()
         things = F.binary_cross_entropy_with_logits(found, wanted, reduction="sum") / wanted.sum().clamp_min(1.0)
-        which = wanted[..., _DIGITS]
-        is_digit = which.sum(-1) == 1
-        if not is_digit.any():
-            return things
-        return things + F.cross_entropy(found[..., _DIGITS][is_digit], which[is_digit])
+        for kind in _KINDS:
+            which = wanted[..., kind]
+            is_there = which.sum(-1) == 1
+            if is_there.any():
+                things = things + F.cross_entropy(found[..., kind][is_there], which[is_there])
+        return things
 
     def _draw_looks(self, number: int, rng: random.Random, progress: float) -> list[Look]:
         """Return descriptions and typed questions, each with its pictures; those of a part are of one size."""
         num_sizes = 1 if progress < _READING_SHARE else NUM_SMALL if progress < _SMALL_SHARE else len(SIZES_PX)
         weights = [_WEIGHT_OF_SMALL] * NUM_SMALL + [_WEIGHT_OF_LARGE] * (len(SIZES_PX) - NUM_SMALL)
         size_px = rng.choices(SIZES_PX[:num_sizes], weights[:num_sizes])[0]
-        has_several = progress > _SEVERAL_FROM and rng.random() < _SEVERAL_SHARE
+        has_several = progress > _SEVERAL_FROM and rng.random() < self.several_share
         looks: list[Look] = []
         num_crops = num_pictures = 0
         while num_crops < _BATCH_CROPS and num_pictures < _MAX_PICTURES:
@@ -164,6 +168,8 @@ class Seeing:
 
 class SpokenQuestions(Seeing):
     """The steps of stage 4. `clips` are questions, spoken."""
+
+    several_share = _SEVERAL_SHARE_AT_LAST
 
     def __init__(self, network: Network, teacher: Teacher, clips: Sequence[Clip], seed: int) -> None:
         super().__init__(network, teacher, seed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -12,10 +13,12 @@ from pipeline.teach.pictures import Place
 from pipeline.teach.world import Scene
 from pipeline.vision.crop_layout import CropLayout
 
-THINGS: tuple[str, ...] = (
-    *(*SHAPES, *COLOURS, *SIDES, "display", *DIGITS),
-    *("gauge", "high", "low", "door", "open", "closed", "person", "inside", "outside"),
+KINDS: tuple[tuple[str, ...], ...] = (
+    *(SHAPES, COLOURS, SIDES, DIGITS),
+    *(("high", "low"), ("open", "closed"), ("inside", "outside")),
 )
+"""Words of which a thing has one."""
+THINGS: tuple[str, ...] = ("display", "gauge", "door", "person", *itertools.chain.from_iterable(KINDS))
 """The words for what can be at a position."""
 
 _THING = {thing: index for index, thing in enumerate(THINGS)}
